@@ -1,0 +1,244 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+/*
+ * clusterip.h - the C ABI of libclusterip.so.1
+ *
+ * An application connects to a ClusterIP (VIP), a virtual address that stands for a service; the kernel makes that
+ * connection reach one of the service's backends. A host program loads this library with dlopen (or links it), hands
+ * it the services as TOML, and attaches it to a cgroup v2:
+ *
+ *     clusterip *handle;
+ *     clusterip_error error = { sizeof error };
+ *     clusterip_open(NULL, &handle, &error);
+ *     clusterip_load_file(handle, "clusterip.toml", &error);
+ *     clusterip_attach(handle, &error);
+ *     ...
+ *     clusterip_close(handle);
+ *
+ * Rules that hold for every function:
+ *
+ * - Result: 0, or a negative errno. If an error struct is given, it is filled on failure and left alone on success.
+ *   The codes that a host should tell apart:
+ *     -EOPNOTSUPP  this kernel cannot do it: fall back to the userspace engine
+ *     -EPERM       privileges are missing (CAP_BPF and CAP_NET_ADMIN, or root; a memory-lock limit before Linux 5.11)
+ *     -EBADMSG     the configuration has mistakes; line and column say where the first one is
+ *     -EBUSY       another process owns the pinned state at this pin path
+ *     -EINVAL      a misuse of this interface
+ *   Others come from the kernel and are explained by the message.
+ * - Ownership: strings and structs belong to the caller and are not kept; what a visitor is given is valid only until
+ *   the visitor returns.
+ * - Threads: a handle is used by one thread at a time; different handles are independent. Functions without a handle
+ *   may be called from any thread.
+ * - A handle does not survive fork: open it in the process that uses it.
+ * - Structs begin with `size`, which the caller sets to sizeof; they only grow, at the end. `reserved` is 0.
+ * - The library writes to no stream, installs no signal handler, starts no thread and keeps no global state.
+ */
+#ifndef CLUSTERIP_H
+#define CLUSTERIP_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/socket.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define CLUSTERIP_ABI_MAJOR 1u
+#define CLUSTERIP_ABI_MINOR 0u
+
+/* An instance of the fast path. Opaque. */
+typedef struct clusterip clusterip;
+
+/* Why a call failed. `message` is one line without a newline, NUL-terminated, cut at its end if need be. */
+typedef struct {
+	size_t size;
+	int32_t code;          /* the negative errno that the function returned */
+	uint32_t line, column; /* position in the configuration, from 1; 0: not about the configuration */
+	uint32_t reserved;
+	char message[512];
+} clusterip_error;
+
+/* clusterip_options.flags */
+#define CLUSTERIP_ENGINE_TABLE 1u /* a path left NULL is taken from [engine] of the configuration that is loaded first */
+
+typedef struct {
+	size_t size;
+	const char *cgroup_path; /* cgroup v2 directory to attach to; NULL: [engine] cgroup, by default the hierarchy's root */
+	const char *pin_path;    /* directory on a BPF filesystem that keeps the fast path alive; NULL: nothing is pinned */
+	uint32_t flags;          /* CLUSTERIP_ENGINE_TABLE */
+	uint32_t reserved;
+} clusterip_options;
+
+/* What the kernel can do, each tried and not concluded from a version. */
+#define CLUSTERIP_CAN_CONNECT4 1u      /* cgroup/connect4 programs: without them there is no fast path */
+#define CLUSTERIP_CAN_MAP_MEMORY 2u    /* memory-mapped arrays (Linux 5.5): without them there is no fast path */
+#define CLUSTERIP_CAN_SET_ERRNO 4u     /* bpf_set_retval (Linux 5.18): else a refused connect() fails with EPERM */
+#define CLUSTERIP_CAN_LINK 8u          /* bpf_link for cgroups (Linux 5.7): else BPF_PROG_ATTACH with ALLOW_MULTI */
+#define CLUSTERIP_CAN_MEMBARRIER 16u   /* MEMBARRIER_CMD_GLOBAL: else a map-in-map update waits for readers */
+#define CLUSTERIP_CAN_BATCH 32u        /* batched map updates (Linux 5.6): else one system call per service */
+
+typedef struct {
+	size_t size;
+	uint32_t can; /* CLUSTERIP_CAN_* */
+	uint32_t reserved;
+	char reason[256]; /* why there is no fast path; empty when there is one */
+} clusterip_capabilities;
+
+typedef struct {
+	size_t size;         /* of one element; an array's elements all have the first one's */
+	const char *address; /* "10.244.1.2" */
+	uint16_t port;       /* host byte order, 1 to 65535 */
+	uint16_t reserved;
+	uint32_t weight;     /* 1 to 65535; 0 counts as 1 */
+	uint32_t state;      /* CLUSTERIP_ACTIVE or CLUSTERIP_DRAIN */
+} clusterip_backend;
+
+#define CLUSTERIP_ACTIVE 0u
+#define CLUSTERIP_DRAIN 1u /* no new connections; those that live go on */
+
+/* Engines that can carry a service. */
+#define CLUSTERIP_ENGINE_BPF 1u
+#define CLUSTERIP_ENGINE_USERSPACE 2u
+
+typedef struct {
+	size_t size;
+	const char *name;
+	const char *vip;     /* numeric address */
+	const char *policy;  /* as in the TOML */
+	const char *no_backend;
+	const char *reason;  /* why this engine carries the service; empty when nothing speaks against the fast path */
+	uint64_t connects;   /* connects rewritten to a backend since the fast path was first loaded */
+	uint64_t refused;    /* connects refused since then because there was no backend */
+	uint32_t engine;     /* CLUSTERIP_ENGINE_* */
+	uint32_t backends;   /* visits of a backend that follow */
+	uint16_t port;       /* host byte order */
+	uint8_t protocol;    /* IPPROTO_TCP or IPPROTO_UDP */
+	uint8_t reserved[5];
+} clusterip_service_info;
+
+typedef struct {
+	size_t size;
+	const char *address; /* numeric address */
+	uint64_t connects;   /* connects that chose this backend since it was added */
+	uint32_t weight;
+	uint32_t state;      /* CLUSTERIP_ACTIVE or CLUSTERIP_DRAIN */
+	uint16_t port;       /* host byte order */
+	uint16_t reserved[3];
+} clusterip_backend_info;
+
+/* What a connect() would meet. */
+#define CLUSTERIP_VERDICT_PASS 0u       /* no VIP of ours: untouched */
+#define CLUSTERIP_VERDICT_REWRITTEN 1u  /* reaches `backend` */
+#define CLUSTERIP_VERDICT_NO_BACKEND 2u /* the service has no backend: its no_backend applies */
+#define CLUSTERIP_VERDICT_NO_SERVICE 3u /* a port of a VIP that no service has: refused */
+
+typedef struct {
+	size_t size;
+	uint32_t verdict;  /* CLUSTERIP_VERDICT_* */
+	uint32_t engine;   /* CLUSTERIP_ENGINE_*; 0 without a service */
+	uint32_t backends; /* active backends that there were to choose from */
+	uint32_t reserved;
+	char service[160]; /* empty without a service */
+	struct sockaddr_storage backend;
+} clusterip_resolution;
+
+/* What a connect() in the cgroup was seen to do. */
+typedef struct {
+	size_t size;
+	int32_t rewrite_errno; /* 0: rewritten; else the errno of the connect(), EADDRNOTAVAIL when it was not rewritten */
+	int32_t refuse_errno;  /* the errno that a refused connect() got; 0: it was not refused */
+} clusterip_canary_result;
+
+/* One mistake of a configuration: line, column and message ("key: what was expected, got what"). */
+typedef void (*clusterip_error_visitor)(const clusterip_error *mistake, void *user);
+
+/* A service (backend NULL), then each of its backends. Return 0 to go on; anything else ends the visits. */
+typedef int (*clusterip_service_visitor)(const clusterip_service_info *service, const clusterip_backend_info *backend,
+                                         void *user);
+
+/* CLUSTERIP_ABI_MAJOR << 16 | CLUSTERIP_ABI_MINOR of the library: a host refuses another major. */
+uint32_t clusterip_abi_version(void);
+
+/* The library's version, "0.1.0". Static storage. */
+const char *clusterip_version_string(void);
+
+/*
+ * Try what this kernel and these privileges can do. 0 when it could be told, even if there is no fast path: `ret->can`
+ * and `ret->reason` say so. -EPERM when privileges are missing to find out.
+ */
+int clusterip_probe(clusterip_capabilities *ret, clusterip_error *reterr);
+
+/*
+ * Open the fast path for a cgroup. `options` NULL: all defaults. Nothing is attached or changed yet. If `pin_path` holds
+ * the state of an earlier process, the handle adopts it: it can be looked at (visit, resolve, canary), changed (load,
+ * set_backends), taken over (attach) or removed (detach). The first change takes the lock of the pin path and keeps it
+ * until close; -EBUSY when another process has it. On success the caller owns *ret, to be given back by clusterip_close.
+ * Errors: -EOPNOTSUPP, -EPERM; -ENOENT, -ENOTDIR for a missing cgroup or pin path; -EINVAL when one of them is on a
+ * filesystem of another kind.
+ */
+int clusterip_open(const clusterip_options *options, clusterip **ret, clusterip_error *reterr);
+
+/*
+ * Read a configuration and make it the one that serves: all of it or, on failure, nothing of it. Before attach it is
+ * only made ready; afterwards, and on adopted state, it is live when the call returns.
+ */
+int clusterip_load_file(clusterip *handle, const char *path, clusterip_error *reterr);
+
+/* The same from memory. `name` stands for the file in messages. */
+int clusterip_load_text(clusterip *handle, const char *toml, size_t length, const char *name, clusterip_error *reterr);
+
+/*
+ * Validate a configuration without a handle and without privileges: one visit per mistake, in the order of the text.
+ * 0 when there is none, else -EBADMSG.
+ */
+int clusterip_check_text(const char *toml, size_t length, const char *name, clusterip_error_visitor visit, void *user);
+
+/*
+ * Replace the backends of one service: a feed for hosts that learn of backends otherwise than by the file. Costs what the
+ * service is large, whatever else there is; one store publishes it. A later load_* replaces it again. `count` 0: the
+ * service has no backend. Errors: -ENOENT no such service; -EBADMSG an element that the configuration would not accept.
+ */
+int clusterip_set_backends(clusterip *handle, const char *service, const clusterip_backend *backends, size_t count,
+                           clusterip_error *reterr);
+
+/*
+ * Make it live: attach to the cgroup and, with a pin path, pin everything. On adopted state the program is exchanged in
+ * place, and no connect() meets a moment without one. On failure nothing is attached that was not before.
+ */
+int clusterip_attach(clusterip *handle, clusterip_error *reterr);
+
+/*
+ * Take it away: detach what this handle or its pin path has attached, and remove the pins. Nothing of others is touched.
+ * 0 also when there was nothing.
+ */
+int clusterip_detach(clusterip *handle, clusterip_error *reterr);
+
+/*
+ * Which backend would a connect() to this address reach now? Decided by the rule and the state that the kernel uses; with
+ * a random policy each call draws anew. `vip` is a sockaddr_in or sockaddr_in6; protocol IPPROTO_TCP or IPPROTO_UDP.
+ * Errors: -EAFNOSUPPORT; -ENOENT nothing is loaded.
+ */
+int clusterip_resolve(clusterip *handle, const struct sockaddr *vip, socklen_t length, int protocol,
+                      clusterip_resolution *ret, clusterip_error *reterr);
+
+/*
+ * Visit every service and backend as the kernel has them, with their counters. Returns what ended the visits (0, or the
+ * visitor's value), or a negative errno.
+ */
+int clusterip_visit_services(clusterip *handle, clusterip_service_visitor visit, void *user, clusterip_error *reterr);
+
+/*
+ * Prove that the hook is at work: a short-lived child in the cgroup connects UDP sockets (no traffic) to a reserved VIP.
+ * 0 when the connect() was rewritten and the one to an unserved port refused; ret (may be NULL) has what was seen.
+ * Errors: -ENOTCONN not attached, or not rewritten; -EPROTO not refused.
+ */
+int clusterip_canary(clusterip *handle, clusterip_canary_result *ret, clusterip_error *reterr);
+
+/* Give the handle back. NULL is a no-op. Pinned state stays and goes on serving; what is not pinned ends. */
+void clusterip_close(clusterip *handle);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
