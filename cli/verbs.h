@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// What `clusterip` can do: one table, one file for each verb.
+#pragma once
+
+#include <boost/program_options/options_description.hpp>
+#include <boost/program_options/variables_map.hpp>
+#include <string>
+#include <string_view>
+
+#include "cli/outcome.h"
+#include "cli/plugin.h"
+
+namespace cli {
+
+/// What a verb was called with.
+struct Given {
+  const boost::program_options::variables_map& options;
+  std::string argument;  // the one argument that is no option; empty for verbs without one
+};
+
+struct Verb {
+  std::string_view name;
+  std::string_view usage;     // what stands after the name
+  std::string_view argument;  // what the one argument that is no option stands for; empty: the verb has none
+  std::string_view summary;
+  void (*describe)(boost::program_options::options_description_easy_init add);  // null: no options of its own
+  Outcome (*run)(const Plugin& plugin, const Given& given);
+};
+
+extern const Verb check_verb, probe_verb, load_verb, unload_verb, status_verb, resolve_verb;
+
+/// Validate `text` and show each mistake on stderr. False: there were some.
+bool check_text(const Plugin& plugin, std::string_view text, const std::string& name);
+
+}  // namespace cli
