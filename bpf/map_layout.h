@@ -116,16 +116,24 @@ struct counters {
 };
 LAYOUT_ASSERT(sizeof(struct counters) == 16, "Stats_Map's value");
 
+#define CGROUP_PATH_SIZE 4096 /* PATH_MAX */
+
 struct meta_record {
+	/* The first four stay as they are in every version: what it takes to tell it, and to unload it. */
 	__u32 magic;
 	__u32 version;
+	__u64 cgroup_id;                    /* what the program is attached to; 0: to nothing */
+	char cgroup_path[CGROUP_PATH_SIZE]; /* as the process that attached it saw it */
+
 	__u64 generation; /* odd while a change is being published */
 	__u32 services;   /* capacity; the sizes of all maps follow from these two and the shards */
 	__u32 backends;
-	__u32 shards; /* of Stats_Map; a power of two */
+	__u32 shards;         /* of Stats_Map; a power of two */
+	__u32 limit_services; /* [limits] of the configuration that was loaded last */
+	__u32 limit_backends;
 	__u32 zero;
 };
-LAYOUT_ASSERT(sizeof(struct meta_record) == 32, "Meta_Map's value");
+LAYOUT_ASSERT(sizeof(struct meta_record) == 48 + CGROUP_PATH_SIZE, "Meta_Map's value");
 
 /*
  * The canary: a reserved VIP that proves the hook at work with connected UDP sockets, that is without traffic.
