@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// The C ABI: sizes are checked, structs filled, and exceptions stop here.
+#include <arpa/inet.h>
+#include <netinet/in.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "config/read_config.h"
+#include "plugin/bpf_engine.h"
+#include "plugin/probe.h"
+
+// Everything is compiled hidden; what this header declares is what the library is for.
+#pragma GCC visibility push(default)
+#include "clusterip.h"
+#pragma GCC visibility pop
+
+struct clusterip {
+  std::unique_ptr<plugin::BpfEngine> engine;
+};
+
+namespace {
+
+using config::Error;
+using plugin::fail;
+using plugin::Result;
+
+constexpr std::size_t oldest_error_size = offsetof(clusterip_error, message) + 1;
+
+/// Copies what fits into the caller's struct, which may be older and smaller than ours, and keeps its `size`.
+template <class Struct>
+void copy_out(const Struct& value, Struct* ret) {
+  const std::size_t size = ret->size;
+  std::memcpy(ret, &value, std::min(size, sizeof value));
+  ret->size = size;
+}
+
+/// A struct of the caller's: at least as large as in the first version, and not absurd.
+template <class Struct>
+bool is_valid_size(const Struct* given, std::size_t oldest = sizeof(Struct)) {
+  constexpr std::size_t absurd = 65536;
+  return given != nullptr && given->size >= oldest && given->size < absurd;
+}
+
+void fill(const Error& error, clusterip_error* reterr) {
+  if (!is_valid_size(reterr, oldest_error_size)) {
+    return;
+  }
+  const std::size_t room = std::min(reterr->size - offsetof(clusterip_error, message), sizeof reterr->message);
+  reterr->code = error.code;
+  reterr->line = error.line;
+  reterr->column = error.column;
+  reterr->reserved = 0;
+  const std::size_t length = std::min(error.message.size(), room - 1);
+  std::memcpy(reterr->message, error.message.data(), length);
+  reterr->message[length] = '\0';
+}
+
+/// Runs `call`, which returns a Result<int>: what a function of the ABI returns on success.
+template <class Call>
+int guarded(clusterip_error* reterr, Call call) noexcept {
+  try {
+    Result<int> result = call();
+    if (result) {
+      return *result;
+    }
+    fill(result.error(), reterr);
+    return result.error().code;
+  } catch (const std::bad_alloc&) {
+    fill({.code = -ENOMEM, .message = std::string()}, reterr);
+    return -ENOMEM;
+  } catch (const std::exception& bug) {
+    fill({.code = -ENOTRECOVERABLE, .message = bug.what()}, reterr);
+    return -ENOTRECOVERABLE;
+  }
+}
+
+Result<int> zero(Result<void> result) {
+  if (!result) {
+    return std::unexpected(result.error());
+  }
+  return 0;
+}
+
+const char* name_of(config::Policy policy) {
+  switch (policy) {
+    case config::Policy::random:
+      return "random";
+    case config::Policy::round_robin:
+      return "round_robin";
+    case config::Policy::least_conn:
+      return "least_conn";
+    case config::Policy::maglev:
+      return "maglev";
+  }
+  return "";
+}
+
+const char* name_of(config::NoBackend no_backend) {
+  switch (no_backend) {
+    case config::NoBackend::refuse:
+      return "refuse";
+    case config::NoBackend::unreachable:
+      return "unreachable";
+    case config::NoBackend::pass:
+      return "pass";
+  }
+  return "";
+}
+
+std::uint32_t state_of(const config::Backend& backend) {
+  return backend.state == config::BackendState::drain ? CLUSTERIP_DRAIN : CLUSTERIP_ACTIVE;
+}
+
+Result<int> load(plugin::BpfEngine& engine, std::string_view text, std::string_view name) {
+  auto config = config::read_config(text);
+  if (!config) {
+    const auto& first = config.error().front();
+    return std::unexpected(Error{.code = -EBADMSG,
+                                 .message = std::string(name) + ":" + std::to_string(first.position.line) + ":" +
+                                            std::to_string(first.position.column) + ": " + first.message,
+                                 .line = first.position.line,
+                                 .column = first.position.column});
+  }
+  return zero(engine.load(*config));
+}
+
+/// The element `index` of an array whose elements may be larger than ours.
+const clusterip_backend& element(const clusterip_backend* backends, std::size_t index) {
+  return *reinterpret_cast<const clusterip_backend*>(reinterpret_cast<const char*>(backends) + index * backends->size);
+}
+
+Result<std::vector<config::Backend>> read_backends(const clusterip_backend* backends, std::size_t count) {
+  std::vector<config::Backend> list;
+  list.reserve(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    const clusterip_backend& given = element(backends, i);
+    const auto reject = [i](const std::string& what) {
+      return fail(-EBADMSG, "backends[" + std::to_string(i) + "]: " + what);
+    };
+    boost::system::error_code error;
+    const auto address = boost::asio::ip::make_address(given.address != nullptr ? given.address : "", error);
+    if (error) {
+      return reject(std::string("expected an address, got \"") + (given.address != nullptr ? given.address : "") +
+                    "\"");
+    }
+    if (given.state > CLUSTERIP_DRAIN) {
+      return reject("expected a state of CLUSTERIP_ACTIVE or CLUSTERIP_DRAIN, got " + std::to_string(given.state));
+    }
+    list.push_back(
+        {.address = address,
+         .port = given.port,
+         .weight = given.weight == 0 ? 1 : given.weight,
+         .state = given.state == CLUSTERIP_DRAIN ? config::BackendState::drain : config::BackendState::active,
+         .position = {}});
+  }
+  return list;
+}
+
+Result<std::pair<config::Address, std::uint16_t>> read_sockaddr(const sockaddr* address, socklen_t length) {
+  if (address != nullptr && length >= sizeof(sockaddr_in) && address->sa_family == AF_INET) {
+    sockaddr_in v4{};
+    std::memcpy(&v4, address, sizeof v4);
+    return std::pair(config::Address(boost::asio::ip::make_address_v4(ntohl(v4.sin_addr.s_addr))), ntohs(v4.sin_port));
+  }
+  if (address != nullptr && length >= sizeof(sockaddr_in6) && address->sa_family == AF_INET6) {
+    sockaddr_in6 v6{};
+    std::memcpy(&v6, address, sizeof v6);
+    boost::asio::ip::address_v6::bytes_type bytes;
+    std::memcpy(bytes.data(), &v6.sin6_addr, sizeof bytes);
+    return std::pair(config::Address(boost::asio::ip::address_v6(bytes)), ntohs(v6.sin6_port));
+  }
+  return fail(-EAFNOSUPPORT, "expected a sockaddr_in or sockaddr_in6");
+}
+
+void write_sockaddr(const config::Backend& backend, sockaddr_storage& out) {
+  if (backend.address.is_v4()) {
+    sockaddr_in v4{};
+    v4.sin_family = AF_INET;
+    v4.sin_port = htons(backend.port);
+    v4.sin_addr.s_addr = htonl(backend.address.to_v4().to_uint());
+    std::memcpy(&out, &v4, sizeof v4);
+  } else {
+    sockaddr_in6 v6{};
+    v6.sin6_family = AF_INET6;
+    v6.sin6_port = htons(backend.port);
+    const auto bytes = backend.address.to_v6().to_bytes();
+    std::memcpy(&v6.sin6_addr, bytes.data(), bytes.size());
+    std::memcpy(&out, &v6, sizeof v6);
+  }
+}
+
+std::unexpected<Error> misuse(const char* what) { return fail(-EINVAL, what); }
+
+int visit_one(const plugin::ServiceStatus& status, clusterip_service_visitor visit, void* user) {
+  const auto& service = status.service;
+  const std::string vip = service.vip.to_string();
+  clusterip_service_info info{};
+  info.size = sizeof info;
+  info.name = service.name.c_str();
+  info.vip = vip.c_str();
+  info.policy = name_of(service.policy);
+  info.no_backend = name_of(service.no_backend);
+  info.reason = "";
+  info.connects = status.total.connects;
+  info.refused = status.total.refused;
+  info.engine = CLUSTERIP_ENGINE_BPF;
+  info.backends = static_cast<std::uint32_t>(service.backends.size());
+  info.port = service.port;
+  info.protocol = std::to_underlying(service.protocol);
+  if (const int stop = visit(&info, nullptr, user); stop != 0) {
+    return stop;
+  }
+  for (std::size_t i = 0; i < service.backends.size(); ++i) {
+    const auto& backend = service.backends[i];
+    const std::string address = backend.address.to_string();
+    clusterip_backend_info backend_info{};
+    backend_info.size = sizeof backend_info;
+    backend_info.address = address.c_str();
+    backend_info.connects = status.connects[i];
+    backend_info.weight = backend.weight;
+    backend_info.state = state_of(backend);
+    backend_info.port = backend.port;
+    if (const int stop = visit(&info, &backend_info, user); stop != 0) {
+      return stop;
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+static_assert(std::is_standard_layout_v<clusterip_error> && std::is_standard_layout_v<clusterip_service_info>);
+#if __SIZEOF_POINTER__ == 8
+static_assert(sizeof(clusterip_error) == 536 && sizeof(clusterip_options) == 32);
+static_assert(sizeof(clusterip_capabilities) == 272 && sizeof(clusterip_backend) == 32);
+static_assert(sizeof(clusterip_service_info) == 80 && sizeof(clusterip_backend_info) == 40);
+static_assert(sizeof(clusterip_resolution) == 312 && sizeof(clusterip_canary_result) == 16);
+#endif
+
+std::uint32_t clusterip_abi_version(void) { return CLUSTERIP_ABI_MAJOR << 16 | CLUSTERIP_ABI_MINOR; }
+
+const char* clusterip_version_string(void) { return CLUSTERIP_VERSION; }
+
+int clusterip_probe(clusterip_capabilities* ret, clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    if (!is_valid_size(ret)) {
+      return misuse("ret: expected a clusterip_capabilities with its size set");
+    }
+    const auto can = plugin::probe();
+    if (!can) {
+      return std::unexpected(can.error());
+    }
+    clusterip_capabilities out{};
+    out.can = (can->connect4 ? CLUSTERIP_CAN_CONNECT4 : 0u) | (can->map_memory ? CLUSTERIP_CAN_MAP_MEMORY : 0u) |
+              (can->set_errno ? CLUSTERIP_CAN_SET_ERRNO : 0u) | (can->link ? CLUSTERIP_CAN_LINK : 0u) |
+              (can->membarrier ? CLUSTERIP_CAN_MEMBARRIER : 0u) | (can->batch ? CLUSTERIP_CAN_BATCH : 0u);
+    can->reason.copy(out.reason, sizeof out.reason - 1);
+    copy_out(out, ret);
+    return 0;
+  });
+}
+
+int clusterip_open(const clusterip_options* options, clusterip** ret, clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    if (ret == nullptr) {
+      return misuse("ret: expected a place for the handle, got NULL");
+    }
+    *ret = nullptr;
+    plugin::EngineOptions engine_options;
+    if (options != nullptr) {
+      if (!is_valid_size(options)) {
+        return misuse("options: expected a clusterip_options with its size set");
+      }
+      if ((options->flags & ~CLUSTERIP_ENGINE_TABLE) != 0 || options->reserved != 0) {
+        return misuse("options: flags has a bit that this version does not know, or reserved is not 0");
+      }
+      engine_options.cgroup = options->cgroup_path != nullptr ? options->cgroup_path : "";
+      engine_options.pin = options->pin_path != nullptr ? options->pin_path : "";
+      engine_options.engine_table = (options->flags & CLUSTERIP_ENGINE_TABLE) != 0;
+    }
+    auto engine = plugin::BpfEngine::open(std::move(engine_options));
+    if (!engine) {
+      return std::unexpected(engine.error());
+    }
+    *ret = new clusterip{std::move(*engine)};
+    return 0;
+  });
+}
+
+int clusterip_load_file(clusterip* handle, const char* path, clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    if (handle == nullptr || path == nullptr) {
+      return misuse("expected a handle and a path, got NULL");
+    }
+    const auto text = config::read_file(path);
+    if (!text) {
+      return std::unexpected(text.error());
+    }
+    return load(*handle->engine, *text, path);
+  });
+}
+
+int clusterip_load_text(clusterip* handle, const char* toml, std::size_t length, const char* name,
+                        clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    if (handle == nullptr || (toml == nullptr && length > 0) || name == nullptr) {
+      return misuse("expected a handle, a text and a name, got NULL");
+    }
+    return load(*handle->engine, {toml, length}, name);
+  });
+}
+
+int clusterip_check_text(const char* toml, std::size_t length, const char* name, clusterip_error_visitor visit,
+                         void* user) {
+  return guarded(nullptr, [&]() -> Result<int> {
+    if ((toml == nullptr && length > 0) || name == nullptr || visit == nullptr) {
+      return misuse("expected a text, a name and a visitor, got NULL");
+    }
+    const auto config = config::read_config({toml, length});
+    if (config) {
+      return 0;
+    }
+    for (const auto& mistake : config.error()) {
+      clusterip_error out{};
+      out.size = sizeof out;
+      fill({.code = -EBADMSG,
+            .message = mistake.message,
+            .line = mistake.position.line,
+            .column = mistake.position.column},
+           &out);
+      visit(&out, user);
+    }
+    return fail(-EBADMSG, std::string(name) + " is not valid");
+  });
+}
+
+int clusterip_set_backends(clusterip* handle, const char* service, const clusterip_backend* backends, std::size_t count,
+                           clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    if (handle == nullptr || service == nullptr || (count > 0 && !is_valid_size(backends))) {
+      return misuse("expected a handle, a service and backends with their size set");
+    }
+    auto list = read_backends(backends, count);
+    if (!list) {
+      return std::unexpected(list.error());
+    }
+    return zero(handle->engine->set_backends(service, std::move(*list)));
+  });
+}
+
+int clusterip_attach(clusterip* handle, clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    if (handle == nullptr) {
+      return misuse("expected a handle, got NULL");
+    }
+    return zero(handle->engine->attach());
+  });
+}
+
+int clusterip_detach(clusterip* handle, clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    if (handle == nullptr) {
+      return misuse("expected a handle, got NULL");
+    }
+    return zero(handle->engine->detach());
+  });
+}
+
+int clusterip_resolve(clusterip* handle, const sockaddr* vip, socklen_t length, int protocol, clusterip_resolution* ret,
+                      clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    if (handle == nullptr || !is_valid_size(ret)) {
+      return misuse("expected a handle and a clusterip_resolution with its size set");
+    }
+    if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP) {
+      return misuse("protocol: expected IPPROTO_TCP or IPPROTO_UDP");
+    }
+    const auto endpoint = read_sockaddr(vip, length);
+    if (!endpoint) {
+      return std::unexpected(endpoint.error());
+    }
+    const auto resolution =
+        handle->engine->resolve(endpoint->first, endpoint->second, static_cast<config::Protocol>(protocol));
+    if (!resolution) {
+      return std::unexpected(resolution.error());
+    }
+    clusterip_resolution out{};
+    out.verdict = std::to_underlying(resolution->verdict);
+    out.engine = resolution->service.empty() ? 0u : CLUSTERIP_ENGINE_BPF;
+    out.backends = resolution->backends;
+    resolution->service.copy(out.service, sizeof out.service - 1);
+    if (resolution->backend) {
+      write_sockaddr(*resolution->backend, out.backend);
+    }
+    copy_out(out, ret);
+    return 0;
+  });
+}
+
+int clusterip_visit_services(clusterip* handle, clusterip_service_visitor visit, void* user, clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    if (handle == nullptr || visit == nullptr) {
+      return misuse("expected a handle and a visitor, got NULL");
+    }
+    const auto services = handle->engine->status();
+    if (!services) {
+      return std::unexpected(services.error());
+    }
+    for (const auto& service : *services) {
+      if (const int stop = visit_one(service, visit, user); stop != 0) {
+        return stop;
+      }
+    }
+    return 0;
+  });
+}
+
+int clusterip_canary(clusterip* handle, clusterip_canary_result* ret, clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    if (handle == nullptr || (ret != nullptr && !is_valid_size(ret))) {
+      return misuse("expected a handle, and a clusterip_canary_result with its size set or NULL");
+    }
+    const auto seen = handle->engine->canary();
+    if (!seen) {
+      return std::unexpected(seen.error());
+    }
+    if (ret != nullptr) {
+      clusterip_canary_result out{};
+      out.rewrite_errno = seen->rewrite_errno;
+      out.refuse_errno = seen->refuse_errno;
+      copy_out(out, ret);
+    }
+    if (seen->rewrite_errno == EADDRNOTAVAIL) {
+      return fail(-ENOTCONN, "a connect() in the cgroup was not rewritten");
+    }
+    if (seen->rewrite_errno != 0) {
+      auto error = plugin::fail_errno(seen->rewrite_errno,
+                                      "a connect() in the cgroup was not rewritten, or loopback is down here");
+      error.error().code = -ENOTCONN;
+      return error;
+    }
+    if (seen->refuse_errno == 0) {
+      return fail(-EPROTO, "a connect() to a port that no service has was not refused");
+    }
+    return 0;
+  });
+}
+
+void clusterip_close(clusterip* handle) { delete handle; }

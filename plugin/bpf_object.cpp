@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "plugin/bpf_object.h"
+
+#include <bpf/bpf.h>
+#include <bpf/btf.h>
+#include <bpf/libbpf.h>
+#include <clusterip.skel.h>
+#include <fcntl.h>
+
+#include <cerrno>
+#include <memory>
+#include <string>
+#include <string_view>
+
+namespace plugin {
+
+namespace {
+
+struct Destroy {
+  void operator()(clusterip_bpf* skeleton) const { clusterip_bpf__destroy(skeleton); }
+};
+using Skeleton = std::unique_ptr<clusterip_bpf, Destroy>;
+
+/// `log` receives what the verifier says when it refuses; it must outlive the skeleton.
+Result<Skeleton> open_skeleton(std::span<char> log) {
+  LIBBPF_OPTS(bpf_object_open_opts, options, .kernel_log_buf = log.data(), .kernel_log_size = log.size());
+  Skeleton skeleton(clusterip_bpf__open_opts(&options));
+  if (!skeleton) {
+    return fail_errno(errno, "opening the compiled-in BPF object");
+  }
+  return skeleton;
+}
+
+/// The last line of a verifier log that says something: the reason stands there, before the statistics.
+std::string reason_in(std::string_view log) {
+  std::string_view reason;
+  while (!log.empty()) {
+    const auto end = log.find('\n');
+    const auto line = log.substr(0, end);
+    if (!line.empty() && !line.starts_with("processed ")) {
+      reason = line;
+    }
+    log = end == std::string_view::npos ? std::string_view{} : log.substr(end + 1);
+  }
+  return std::string(reason);
+}
+
+}  // namespace
+
+Result<std::vector<Fd>> create_maps(std::span<const MapSize> sizes) {
+  auto skeleton = open_skeleton({});
+  if (!skeleton) {
+    return std::unexpected(skeleton.error());
+  }
+  // Types for people who look with bpftool. A kernel that does not take them makes the maps without.
+  std::uint32_t btf_size = 0;
+  const void* btf_data = btf__raw_data(bpf_object__btf((*skeleton)->obj), &btf_size);
+  const Fd btf(btf_data != nullptr ? bpf_btf_load(btf_data, btf_size, nullptr) : -1);
+
+  std::vector<Fd> maps;
+  for (const auto& [name, max_entries] : sizes) {
+    const bpf_map* map = bpf_object__find_map_by_name((*skeleton)->obj, name);
+    if (map == nullptr) {
+      return fail(-ENOTRECOVERABLE, std::string("the BPF object has no map ") + name + ": this is a bug of clusterip");
+    }
+    LIBBPF_OPTS(bpf_map_create_opts, options, .map_flags = bpf_map__map_flags(map));
+    if (btf) {
+      options.btf_fd = static_cast<std::uint32_t>(btf.get());
+      options.btf_key_type_id = bpf_map__btf_key_type_id(map);
+      options.btf_value_type_id = bpf_map__btf_value_type_id(map);
+    }
+    Fd fd(bpf_map_create(bpf_map__type(map), name, bpf_map__key_size(map), bpf_map__value_size(map), max_entries,
+                         &options));
+    if (!fd) {
+      const int error = errno;
+      return fail_errno(error, "creating " + std::string(name) + " for " + std::to_string(max_entries) + " entries" +
+                                   (error == EPERM ? " (before Linux 5.11, RLIMIT_MEMLOCK limits BPF maps)" : ""));
+    }
+    maps.push_back(std::move(fd));
+  }
+  return maps;
+}
+
+Result<Fd> load_program(std::span<const char* const> names, std::span<const Fd> maps,
+                        const ProgramConstants& constants) {
+  std::vector<char> log(std::size_t{64} * 1024);
+  auto skeleton = open_skeleton(log);
+  if (!skeleton) {
+    return std::unexpected(skeleton.error());
+  }
+  auto& rodata = *(*skeleton)->rodata;
+  rodata.can_set_errno = constants.can_set_errno;
+  rodata.stats_shard_mask = constants.stats_shard_mask;
+  rodata.stats_per_shard = constants.stats_per_shard;
+  rodata.stats_backends = constants.stats_backends;
+
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    bpf_map* map = bpf_object__find_map_by_name((*skeleton)->obj, names[i]);
+    if (map == nullptr || bpf_map__reuse_fd(map, maps[i].get()) != 0) {
+      return fail_errno(errno, std::string("using ") + names[i]);
+    }
+  }
+  if (const int error = clusterip_bpf__load(skeleton->get()); error != 0) {
+    if (error == -EINVAL || error == -EACCES || error == -E2BIG) {
+      return fail(-ENOTRECOVERABLE,
+                  "the verifier refused sock4_connect, which is a bug of clusterip: " + reason_in(log.data()));
+    }
+    return fail_errno(-error, "loading sock4_connect");
+  }
+  Fd program(fcntl(bpf_program__fd((*skeleton)->progs.sock4_connect), F_DUPFD_CLOEXEC, 0));
+  if (!program) {
+    return fail_errno(errno, "keeping sock4_connect");
+  }
+  return program;
+}
+
+}  // namespace plugin

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "plugin/maps.h"
+
+#include <bpf/bpf.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "plugin/bpf_object.h"
+
+namespace plugin {
+
+namespace {
+
+enum MapIndex : std::uint8_t { service_map, record_map, slot_map, backend_map, stats_map, meta_map };
+
+constexpr const char* map_names[] = {"Service_Map", "Record_Map", "Slot_Map", "Backend_Map", "Stats_Map", "Meta_Map"};
+
+constexpr std::uint32_t min_services = 64;
+constexpr std::uint32_t min_backends = 1024;
+constexpr std::uint32_t max_shards = 8;
+
+struct Shape {
+  MapSize size;
+  std::uint32_t key_size;
+  std::uint32_t value_size;
+};
+
+std::vector<Shape> shapes(const Capacity& capacity) {
+  constexpr std::uint32_t index = sizeof(std::uint32_t);
+  return {{{map_names[service_map], capacity.keys()}, sizeof(service_key), sizeof(std::uint32_t)},
+          {{map_names[record_map], capacity.records()}, index, sizeof(service_record)},
+          {{map_names[slot_map], capacity.slots()}, index, sizeof(block_entry)},
+          {{map_names[backend_map], capacity.backend_records()}, index, sizeof(backend_record)},
+          {{map_names[stats_map], capacity.stats()}, index, sizeof(counters)},
+          {{map_names[meta_map], 1}, index, sizeof(meta_record)}};
+}
+
+bool is_unsupported_batch(int error) {
+  constexpr int kernel_enotsupp = 524;  // not in <errno.h>; what a map type without the operation answers
+  return error == EINVAL || error == kernel_enotsupp;
+}
+
+/// Memory or a bucket lock that was not to be had this moment (kernel/bpf/hashtab.c, memalloc.c).
+bool is_passing(int error) { return error == ENOMEM || error == EBUSY || error == EAGAIN; }
+
+}  // namespace
+
+Capacity Capacity::for_services(std::size_t services, std::size_t backends) {
+  const auto cpus = static_cast<std::uint32_t>(std::max(1L, sysconf(_SC_NPROCESSORS_CONF)));
+  return {.services = std::bit_ceil(std::max(min_services, static_cast<std::uint32_t>(services))),
+          .backends = std::bit_ceil(std::max(min_backends, static_cast<std::uint32_t>(backends))),
+          .shards = std::bit_ceil(std::min(cpus, max_shards))};
+}
+
+MappedArray::MappedArray(MappedArray&& other) noexcept
+    : address_(std::exchange(other.address_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+
+MappedArray& MappedArray::operator=(MappedArray&& other) noexcept {
+  std::swap(address_, other.address_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+MappedArray::~MappedArray() {
+  if (address_ != nullptr) {
+    munmap(address_, bytes_);
+  }
+}
+
+Result<MappedArray> MappedArray::map(int fd, std::size_t bytes) {
+  void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (address == MAP_FAILED) {
+    return fail_errno(errno, "mapping a BPF array into memory");
+  }
+  MappedArray array;
+  array.address_ = address;
+  array.bytes_ = bytes;
+  return array;
+}
+
+std::span<const char* const> Maps::names() { return map_names; }
+
+Result<Maps> Maps::create(const Capacity& capacity) {
+  std::vector<MapSize> sizes;
+  for (const auto& shape : shapes(capacity)) {
+    sizes.push_back(shape.size);
+  }
+  auto fds = create_maps(sizes);
+  if (!fds) {
+    return std::unexpected(fds.error());
+  }
+  Maps maps;
+  maps.capacity_ = capacity;
+  maps.fds_ = std::move(*fds);
+  if (auto mapped = maps.map_arrays(); !mapped) {
+    return std::unexpected(mapped.error());
+  }
+  auto& meta = maps.meta();
+  meta.magic = LAYOUT_MAGIC;
+  meta.version = LAYOUT_VERSION;
+  meta.services = capacity.services;
+  meta.backends = capacity.backends;
+  meta.shards = capacity.shards;
+  return maps;
+}
+
+Result<Maps> Maps::open(const std::string& directory) {
+  Maps maps;
+  for (const char* name : map_names) {
+    Fd fd(bpf_obj_get((directory + "/" + name).c_str()));
+    if (!fd) {
+      return fail_errno(errno, "opening " + directory + "/" + name);
+    }
+    maps.fds_.push_back(std::move(fd));
+  }
+
+  // Meta_Map's head is the same in every version, and is read by look-up: a later version may have another size.
+  const auto damaged = [&directory](const std::string& reason) {
+    return fail(-EPROTO, directory + ": the pinned state " + reason + ": run `clusterip unload` and load again");
+  };
+  bpf_map_info info{};
+  std::uint32_t length = sizeof info;
+  if (bpf_obj_get_info_by_fd(maps.fds_[meta_map].get(), &info, &length) != 0) {
+    return fail_errno(errno, "asking about " + directory + "/Meta_Map");
+  }
+  if (info.type != BPF_MAP_TYPE_ARRAY || info.key_size != sizeof(std::uint32_t) ||
+      info.value_size < sizeof(std::uint64_t)) {
+    return damaged("is not ours");
+  }
+  std::vector<char> value(info.value_size);
+  const std::uint32_t first = 0;
+  if (bpf_map_lookup_elem(maps.fds_[meta_map].get(), &first, value.data()) != 0) {
+    return fail_errno(errno, "reading " + directory + "/Meta_Map");
+  }
+  struct {
+    std::uint32_t magic;
+    std::uint32_t version;
+  } head{};
+  std::memcpy(&head, value.data(), sizeof head);
+  if (head.magic != LAYOUT_MAGIC) {
+    return damaged("is not ours");
+  }
+  if (head.version != LAYOUT_VERSION) {
+    return damaged("has layout version " + std::to_string(head.version) + ", this clusterip writes version " +
+                   std::to_string(LAYOUT_VERSION));
+  }
+  if (value.size() != sizeof(meta_record)) {
+    return damaged("is damaged (Meta_Map)");
+  }
+  meta_record meta{};
+  std::memcpy(&meta, value.data(), sizeof meta);
+  constexpr std::uint32_t largest = 1u << 24;  // far above any limit of a configuration; keeps the products in range
+  if (meta.services == 0 || meta.services > largest || meta.backends == 0 || meta.backends > largest ||
+      meta.shards > max_shards || !std::has_single_bit(meta.shards)) {
+    return damaged("is damaged (Meta_Map)");
+  }
+  maps.capacity_ = {.services = meta.services, .backends = meta.backends, .shards = meta.shards};
+
+  std::size_t i = 0;
+  for (const auto& shape : shapes(maps.capacity_)) {
+    info = {};
+    length = sizeof info;
+    if (bpf_obj_get_info_by_fd(maps.fds_[i++].get(), &info, &length) != 0) {
+      return fail_errno(errno, "asking about " + directory + "/" + shape.size.name);
+    }
+    if (info.max_entries != shape.size.max_entries || info.key_size != shape.key_size ||
+        info.value_size != shape.value_size) {
+      return damaged(std::string("is damaged (") + shape.size.name + ")");
+    }
+  }
+  if (auto mapped = maps.map_arrays(); !mapped) {
+    return std::unexpected(mapped.error());
+  }
+  return maps;
+}
+
+Result<void> Maps::map_arrays() {
+  const struct {
+    MappedArray& array;
+    MapIndex map;
+    std::size_t bytes;
+  } arrays[] = {{records_, record_map, std::size_t{capacity_.records()} * sizeof(service_record)},
+                {slots_, slot_map, std::size_t{capacity_.slots()} * sizeof(block_entry)},
+                {backends_, backend_map, std::size_t{capacity_.backend_records()} * sizeof(backend_record)},
+                {stats_, stats_map, std::size_t{capacity_.stats()} * sizeof(counters)},
+                {meta_, meta_map, sizeof(meta_record)}};
+  for (const auto& [array, map, bytes] : arrays) {
+    auto mapped = MappedArray::map(fds_[map].get(), bytes);
+    if (!mapped) {
+      return std::unexpected(mapped.error());
+    }
+    array = std::move(*mapped);
+  }
+  return {};
+}
+
+Result<void> Maps::pin(const std::string& directory) const {
+  for (std::size_t i = 0; i < fds_.size(); ++i) {
+    const std::string path = directory + "/" + map_names[i];
+    if (bpf_obj_pin(fds_[i].get(), path.c_str()) != 0) {
+      return fail_errno(errno, "pinning " + path);
+    }
+  }
+  return {};
+}
+
+counters Maps::read_counters(std::uint32_t index) const {
+  counters sum{};
+  for (std::uint32_t shard = 0; shard < capacity_.shards; ++shard) {
+    counters& at = stats()[std::size_t{shard} * capacity_.stats_per_shard() + index];
+    sum.connects += std::atomic_ref(at.connects).load(std::memory_order_relaxed);
+    sum.refused += std::atomic_ref(at.refused).load(std::memory_order_relaxed);
+  }
+  return sum;
+}
+
+void Maps::clear_counters(std::uint32_t index) const {
+  for (std::uint32_t shard = 0; shard < capacity_.shards; ++shard) {
+    stats()[std::size_t{shard} * capacity_.stats_per_shard() + index] = {};
+  }
+}
+
+void Maps::add_counters(std::uint32_t index, const counters& more) const {
+  counters& at = stats()[index];
+  std::atomic_ref(at.connects).fetch_add(more.connects, std::memory_order_relaxed);
+  std::atomic_ref(at.refused).fetch_add(more.refused, std::memory_order_relaxed);
+}
+
+std::size_t Maps::insert_some(std::span<const Key> keys, std::span<const std::uint32_t> values, int& error) const {
+  const int fd = fds_[service_map].get();
+  if (keys.size() > 1) {
+    auto count = static_cast<std::uint32_t>(keys.size());
+    if (bpf_map_update_batch(fd, keys.data(), values.data(), &count, nullptr) == 0) {
+      return keys.size();
+    }
+    error = errno;
+    if (count > 0 || !is_unsupported_batch(error)) {
+      return std::min<std::size_t>(count, keys.size());
+    }
+  }
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    if (bpf_map_update_elem(fd, &keys[i], &values[i], BPF_ANY) != 0) {
+      error = errno;
+      return i;
+    }
+  }
+  return keys.size();
+}
+
+Result<void> Maps::insert_keys(std::span<const Key> keys, std::span<const std::uint32_t> values) const {
+  constexpr int attempts = 5;
+  std::size_t done = 0;
+  int error = 0;
+  for (int attempt = 0; attempt < attempts && done < keys.size(); ++attempt) {
+    error = 0;
+    const std::size_t before = done;
+    done += insert_some(keys.subspan(done), values.subspan(done), error);
+    if (done < keys.size() && !is_passing(error)) {
+      break;
+    }
+    if (done > before) {
+      attempt = 0;  // it goes on
+    }
+  }
+  if (done == keys.size()) {
+    return {};
+  }
+  for (const Key& key : keys.first(done)) {
+    (void)erase_key(key);
+  }
+  return fail_errno(error == E2BIG ? ENOSPC : error, "inserting into Service_Map");
+}
+
+Result<void> Maps::erase_key(const Key& key) const {
+  if (bpf_map_delete_elem(fds_[service_map].get(), &key) != 0 && errno != ENOENT) {
+    return fail_errno(errno, "deleting from Service_Map");
+  }
+  return {};
+}
+
+std::optional<std::uint32_t> Maps::find_key(const Key& key) const {
+  std::uint32_t value = 0;
+  if (bpf_map_lookup_elem(fds_[service_map].get(), &key, &value) != 0) {
+    return std::nullopt;
+  }
+  return value;
+}
+
+Result<std::vector<Key>> Maps::all_keys() const {
+  std::vector<Key> keys;
+  const Key* last = nullptr;
+  Key next{};
+  while (bpf_map_get_next_key(fds_[service_map].get(), last, &next) == 0) {
+    keys.push_back(next);
+    last = &keys.back();
+    if (keys.size() > capacity_.keys()) {
+      return fail(-EPROTO, "Service_Map has more keys than it has room for: somebody else is changing it");
+    }
+  }
+  if (errno != ENOENT) {
+    return fail_errno(errno, "listing Service_Map");
+  }
+  return keys;
+}
+
+}  // namespace plugin

@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "plugin/pin_directory.h"
+
+#include <bpf/bpf.h>
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <utility>
+#include <vector>
+
+namespace plugin {
+
+namespace {
+
+constexpr const char* program_name = "sock4_connect";
+constexpr const char* link_name = "sock4_connect_link";
+constexpr const char* next_name = "next";
+
+/// Everything that can be pinned, in the order in which it moves up from next/.
+std::vector<const char*> pin_names() {
+  const auto maps = Maps::names();
+  std::vector<const char*> names(maps.begin(), maps.end());
+  names.push_back(link_name);
+  names.push_back(program_name);
+  return names;
+}
+
+bool exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
+
+Result<void> pin(const Fd& object, const std::string& path) {
+  if (bpf_obj_pin(object.get(), path.c_str()) != 0) {
+    return fail_errno(errno, "pinning " + path);
+  }
+  return {};
+}
+
+/// The cgroup that Meta_Map in `directory` names. By look-up, so that it works for every layout version.
+Result<Cgroup> recorded_cgroup(const std::string& directory) {
+  const Fd map(bpf_obj_get((directory + "/Meta_Map").c_str()));
+  bpf_map_info info{};
+  std::uint32_t length = sizeof info;
+  if (!map || bpf_obj_get_info_by_fd(map.get(), &info, &length) != 0) {
+    return fail_errno(errno, "opening " + directory + "/Meta_Map");
+  }
+  std::vector<char> value(std::max<std::size_t>(info.value_size, sizeof(meta_record)));
+  const std::uint32_t first = 0;
+  if (info.key_size != sizeof first || bpf_map_lookup_elem(map.get(), &first, value.data()) != 0) {
+    return fail_errno(errno, "reading " + directory + "/Meta_Map");
+  }
+  meta_record meta{};
+  std::memcpy(&meta, value.data(), sizeof meta);
+  const std::string path(meta.cgroup_path, strnlen(meta.cgroup_path, sizeof meta.cgroup_path));
+  if (meta.magic != LAYOUT_MAGIC || path.empty()) {
+    return fail(-ENOENT, directory + " does not say which cgroup it belongs to");
+  }
+  auto cgroup = open_cgroup(path);
+  if (cgroup && cgroup->id != meta.cgroup_id) {
+    return fail(-ENOENT, "the cgroup " + path + " is not the one that " + directory + " was attached to");
+  }
+  return cgroup;
+}
+
+bool is_attached(const Cgroup& cgroup, std::uint32_t program_id) {
+  std::vector<std::uint32_t> ids(64);  // as many as the kernel allows on one hook of one cgroup
+  auto count = static_cast<std::uint32_t>(ids.size());
+  if (bpf_prog_query(cgroup.fd.get(), BPF_CGROUP_INET4_CONNECT, 0, nullptr, ids.data(), &count) != 0) {
+    return false;
+  }
+  ids.resize(count);
+  return std::ranges::find(ids, program_id) != ids.end();
+}
+
+/// Whether the program pinned in `directory` is the one that runs.
+bool is_running(const std::string& directory, const std::string& link_path) {
+  const Fd program(bpf_obj_get((directory + "/" + program_name).c_str()));
+  if (!program) {
+    return false;
+  }
+  const auto id = program_id_of(program);
+  if (!id) {
+    return false;
+  }
+  if (Fd link(bpf_obj_get(link_path.c_str())); link) {
+    const auto running = Attachment::from_link(std::move(link)).program_id();
+    return running && *running == *id;
+  }
+  const auto cgroup = recorded_cgroup(directory);
+  return cgroup && is_attached(*cgroup, *id);
+}
+
+}  // namespace
+
+Result<PinDirectory> PinDirectory::open(std::string path) {
+  while (path.size() > 1 && path.back() == '/') {
+    path.pop_back();
+  }
+  const std::string parent = std::filesystem::path(path).parent_path().string();
+  struct statfs filesystem{};
+  if (statfs(parent.empty() ? "." : parent.c_str(), &filesystem) != 0) {
+    return fail_errno(errno, "the pin path " + path);
+  }
+  if (filesystem.f_type != BPF_FS_MAGIC) {
+    return fail(-EINVAL, "the pin path " + path + " is not on a BPF filesystem (mount -t bpf bpf /sys/fs/bpf)");
+  }
+  PinDirectory directory;
+  directory.path_ = std::move(path);
+  return directory;
+}
+
+PinDirectory::~PinDirectory() {
+  if (lock_) {
+    rmdir(path_.c_str());  // only when nothing has been pinned in it
+  }
+}
+
+bool PinDirectory::has_state() const { return exists(path_ + "/Meta_Map"); }
+
+Result<void> PinDirectory::lock() {
+  constexpr int attempts = 3;
+  for (int attempt = 0; attempt < attempts; ++attempt) {
+    if (mkdir(path_.c_str(), S_IRWXU) != 0 && errno != EEXIST) {
+      return fail_errno(errno, "creating " + path_);
+    }
+    Fd directory(::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (!directory) {
+      return fail_errno(errno, "opening " + path_);
+    }
+    if (flock(directory.get(), LOCK_EX | LOCK_NB) != 0) {
+      const int error = errno;
+      return error == EWOULDBLOCK ? fail(-EBUSY, path_ + " is in use by another process")
+                                  : fail_errno(error, "locking " + path_);
+    }
+    // The former writer may have removed the directory between our open() and flock().
+    struct stat locked{};
+    struct stat named{};
+    if (fstat(directory.get(), &locked) == 0 && stat(path_.c_str(), &named) == 0 && locked.st_ino == named.st_ino) {
+      lock_ = std::move(directory);
+      return recover();
+    }
+  }
+  return fail(-EBUSY, path_ + " is being removed by another process");
+}
+
+Result<void> PinDirectory::recover() {
+  const std::string next = path_ + "/" + next_name;
+  if (!exists(next)) {
+    return {};
+  }
+  const std::string staged_link = next + "/" + link_name;
+  if (is_running(next, exists(staged_link) ? staged_link : path_ + "/" + link_name)) {
+    return commit_staged();
+  }
+  discard_staged();
+  return {};
+}
+
+Result<Attachment> PinDirectory::attachment() const {
+  if (Fd link(bpf_obj_get((path_ + "/" + link_name).c_str())); link) {
+    return Attachment::from_link(std::move(link));
+  }
+  Fd program(bpf_obj_get((path_ + "/" + program_name).c_str()));
+  if (!program) {
+    return fail_errno(errno, "opening " + path_ + "/" + program_name);
+  }
+  auto cgroup = recorded_cgroup(path_);
+  if (!cgroup) {
+    return std::unexpected(cgroup.error());
+  }
+  return Attachment::from_program(*cgroup, program);
+}
+
+Result<void> PinDirectory::stage(const Maps& maps, const Fd& program) {
+  const std::string next = path_ + "/" + next_name;
+  if (mkdir(next.c_str(), S_IRWXU) != 0) {
+    return fail_errno(errno, "creating " + next);
+  }
+  if (auto pinned = maps.pin(next); !pinned) {
+    discard_staged();
+    return pinned;
+  }
+  if (auto pinned = pin(program, next + "/" + program_name); !pinned) {
+    discard_staged();
+    return pinned;
+  }
+  return {};
+}
+
+Result<void> PinDirectory::stage_link(const Fd& link) { return pin(link, path_ + "/" + next_name + "/" + link_name); }
+
+void PinDirectory::discard_staged() {
+  const std::string next = path_ + "/" + next_name;
+  for (const char* name : pin_names()) {
+    unlink((next + "/" + name).c_str());
+  }
+  rmdir(next.c_str());
+}
+
+Result<void> PinDirectory::commit_staged() {
+  const std::string next = path_ + "/" + next_name;
+  for (const char* name : pin_names()) {
+    const std::string from = next + "/" + name;
+    if (rename(from.c_str(), (path_ + "/" + name).c_str()) != 0 && errno != ENOENT) {
+      return fail_errno(errno, "moving " + from + " up");
+    }
+  }
+  rmdir(next.c_str());
+  return {};
+}
+
+Result<void> PinDirectory::remove() {
+  discard_staged();
+  for (const char* name : pin_names()) {
+    if (unlink((path_ + "/" + name).c_str()) != 0 && errno != ENOENT) {
+      return fail_errno(errno, "removing " + path_ + "/" + name);
+    }
+  }
+  if (rmdir(path_.c_str()) != 0 && errno != ENOENT && errno != ENOTEMPTY) {
+    return fail_errno(errno, "removing " + path_);
+  }
+  return {};
+}
+
+}  // namespace plugin

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// The directory on a BPF filesystem that keeps the fast path alive without a process:
+//
+//   Service_Map, ... , Meta_Map   the maps
+//   sock4_connect                 the program
+//   sock4_connect_link            how it is attached (none where the kernel has no bpf_link)
+//   next/                         the same, while a change of program or maps is under way
+//
+// A change is pinned in next/, then made live by one link update, then moved up by renames, the program last. Whoever
+// locks the directory afterwards finishes or discards what a process that died has left: next/ is the truth exactly
+// when its program is the one attached.
+#pragma once
+
+#include <string>
+
+#include "plugin/attachment.h"
+#include "plugin/fd.h"
+#include "plugin/maps.h"
+#include "plugin/system_error.h"
+
+namespace plugin {
+
+class PinDirectory {
+ public:
+  /// -ENOENT, -EINVAL: its parent is missing, or is not on a BPF filesystem. Nothing is created yet.
+  static Result<PinDirectory> open(std::string path);
+
+  PinDirectory(PinDirectory&&) = default;
+  PinDirectory& operator=(PinDirectory&&) = default;
+  ~PinDirectory();
+
+  const std::string& path() const { return path_; }
+
+  /// Whether a fast path is pinned here.
+  bool has_state() const;
+
+  /// Creates the directory if need be, becomes its only writer until destroyed, and clears up after one that died.
+  /// -EBUSY: another process is the writer.
+  Result<void> lock();
+  bool is_locked() const { return static_cast<bool>(lock_); }
+
+  /// How the pinned program is attached; -ENOENT when it is not.
+  Result<Attachment> attachment() const;
+
+  /// Pins these in next/.
+  Result<void> stage(const Maps& maps, const Fd& program);
+  Result<void> stage_link(const Fd& link);
+  void discard_staged();
+  Result<void> commit_staged();
+
+  /// Removes all pins, and the directory unless somebody else has put something there.
+  Result<void> remove();
+
+ private:
+  PinDirectory() = default;
+  Result<void> recover();
+
+  std::string path_;
+  Fd lock_;
+};
+
+}  // namespace plugin

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// Which records, backends and blocks of the maps are free. What the kernel may still be reading is *retired*, and
+// becomes free by reclaim(), which the owner calls after a grace period: one serves everything retired before it.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <set>
+#include <utility>
+#include <vector>
+
+namespace plugin {
+
+/// Indices of equal elements: records, backends.
+class IndexPool {
+ public:
+  /// Hands out [0, capacity) except those that `used` names (it may be shorter).
+  IndexPool(std::uint32_t capacity, const std::vector<bool>& used);
+
+  std::optional<std::uint32_t> take();
+  void give_back(std::uint32_t index) { free_.push_back(index); }  // nobody has seen it
+  void retire(std::uint32_t index) { retired_.push_back(index); }
+  void reclaim();
+  bool mostly_retired() const { return retired_.size() > capacity_ / 2; }
+
+ private:
+  std::uint32_t capacity_;
+  std::vector<std::uint32_t> free_;
+  std::vector<std::uint32_t> retired_;
+};
+
+/// Contiguous extents of one array: blocks of slots. Best fit; neighbours that are free become one.
+class ExtentPool {
+ public:
+  /// Everything in [first, first + capacity) is free.
+  ExtentPool(std::uint32_t first, std::uint32_t capacity);
+
+  std::optional<std::uint32_t> take(std::uint32_t size);
+  /// Takes exactly this extent: adoption. False when it is not free.
+  bool take_at(std::uint32_t offset, std::uint32_t size);
+  void give_back(std::uint32_t offset, std::uint32_t size);
+  void retire(std::uint32_t offset, std::uint32_t size);
+  void reclaim();
+  bool mostly_retired() const { return retired_size_ > capacity_ / 2; }
+
+ private:
+  void add(std::uint32_t offset, std::uint32_t size);
+  void remove(std::map<std::uint32_t, std::uint32_t>::iterator extent);
+
+  std::uint32_t capacity_;
+  std::map<std::uint32_t, std::uint32_t> by_offset_;           // offset -> size
+  std::set<std::pair<std::uint32_t, std::uint32_t>> by_size_;  // {size, offset}
+  std::vector<std::pair<std::uint32_t, std::uint32_t>> retired_;
+  std::uint64_t retired_size_ = 0;
+};
+
+}  // namespace plugin

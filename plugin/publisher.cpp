@@ -1,0 +1,510 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "plugin/publisher.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <unordered_set>
+#include <utility>
+
+#include "plugin/publication.h"
+
+namespace plugin {
+
+namespace {
+
+/// Meta_Map's generation is odd while this lives: readers in other processes look again.
+class Change {
+ public:
+  explicit Change(const Maps& maps) : generation_(maps.meta().generation) {
+    generation_.store(generation_.load() | 1);  // a process that died in a change left it odd
+  }
+  Change(const Change&) = delete;
+  Change& operator=(const Change&) = delete;
+  ~Change() { generation_.fetch_add(1); }
+
+ private:
+  std::atomic_ref<__u64> generation_;
+};
+
+bool same_backend(const config::Backend& a, const config::Backend& b) {
+  return a.port == b.port && a.address == b.address && a.weight == b.weight && a.state == b.state;
+}
+
+/// Whether the maps would hold the same for both.
+bool same_service(const config::Service& a, const config::Service& b) {
+  return a.name == b.name && a.no_backend == b.no_backend && std::ranges::equal(a.backends, b.backends, same_backend);
+}
+
+struct EndpointHash {
+  std::size_t operator()(const std::pair<config::Address, std::uint16_t>& endpoint) const {
+    return std::hash<config::Address>{}(endpoint.first) ^ (std::size_t{endpoint.second} * 0x9e3779b97f4a7c15u);
+  }
+};
+using EndpointIndex = std::unordered_map<std::pair<config::Address, std::uint16_t>, std::uint32_t, EndpointHash>;
+
+std::vector<PublishedService> read_once(const Maps& maps) {
+  const auto records = maps.records();
+  const auto slots = maps.slots();
+  std::vector<PublishedService> services;
+  std::unordered_map<std::uint32_t, std::size_t> by_record;
+
+  for (std::uint32_t record = 0; record < records.size(); ++record) {
+    const std::uint64_t word = std::atomic_ref(records[record].word).load(std::memory_order_acquire);
+    if (word == 0) {
+      continue;
+    }
+    const Block block = decode_word(word);
+    if (std::uint64_t{block.header} + block.size() > slots.size()) {
+      continue;  // damaged; adopt() says so
+    }
+    PublishedService published{
+        .service = decode_service(records[record]), .record = record, .block = block, .backends = {}};
+    published.service.no_backend = static_cast<config::NoBackend>(slots[block.header].header.no_backend);
+    for (const auto& entry : slots.subspan(block.header + 1, block.slots)) {
+      if (entry.slot.backend < maps.backends().size()) {
+        published.backends.push_back(entry.slot.backend);
+        published.service.backends.push_back(decode_backend(maps.backends()[entry.slot.backend]));
+      }
+    }
+    by_record.emplace(record, services.size());
+    services.push_back(std::move(published));
+  }
+
+  // Draining backends are in no slot; their records name the service. An active one in no slot is left from a change
+  // that never ended.
+  const auto backends = maps.backends();
+  for (std::uint32_t index = 0; index < backends.size(); ++index) {
+    if (backends[index].state != BACKEND_DRAIN) {
+      continue;
+    }
+    const auto owner = by_record.find(backends[index].record);
+    if (owner == by_record.end()) {
+      continue;
+    }
+    auto& published = services[owner->second];
+    if (std::ranges::find(published.backends, index) == published.backends.end()) {
+      published.backends.push_back(index);
+      published.service.backends.push_back(decode_backend(backends[index]));
+    }
+  }
+  return services;
+}
+
+}  // namespace
+
+std::vector<PublishedService> read_published(const Maps& maps) {
+  constexpr int attempts = 20;
+  const std::atomic_ref generation(maps.meta().generation);
+  std::vector<PublishedService> services;
+  for (int attempt = 0; attempt < attempts; ++attempt) {
+    const std::uint64_t before = generation.load();
+    services = read_once(maps);
+    if (before % 2 == 0 && generation.load() == before) {
+      break;
+    }
+  }
+  return services;
+}
+
+Publisher::Publisher(Maps& maps, GracePeriod grace, IndexPool records, IndexPool backends, ExtentPool blocks)
+    : maps_(&maps),
+      grace_(std::move(grace)),
+      records_(std::move(records)),
+      backends_(std::move(backends)),
+      blocks_(std::move(blocks)) {}
+
+Result<Publisher> Publisher::create(Maps& maps) {
+  auto grace = GracePeriod::create();
+  if (!grace) {
+    return std::unexpected(grace.error());
+  }
+  const Capacity& capacity = maps.capacity();
+  return Publisher(maps, std::move(*grace), IndexPool(capacity.records(), {}),
+                   IndexPool(capacity.backend_records(), {}), ExtentPool(1, capacity.slots() - 1));
+}
+
+Result<Publisher> Publisher::adopt(Maps& maps) {
+  const auto damaged = [](const std::string& what) {
+    return fail(-EPROTO, "the pinned state is damaged (" + what + "): run `clusterip unload` and load again");
+  };
+  auto grace = GracePeriod::create();
+  if (!grace) {
+    return std::unexpected(grace.error());
+  }
+  // What nothing reaches any more may still be read by programs that run now.
+  if (auto waited = grace->wait(); !waited) {
+    return std::unexpected(waited.error());
+  }
+  auto keys = maps.all_keys();
+  if (!keys) {
+    return std::unexpected(keys.error());
+  }
+
+  const Capacity& capacity = maps.capacity();
+  std::vector<bool> records(capacity.records());
+  std::vector<bool> backends(capacity.backend_records());
+  ExtentPool blocks(1, capacity.slots() - 1);
+  auto services = read_once(maps);
+  for (const auto& published : services) {
+    const auto& [service, record, block, indices] = published;
+    if (!blocks.take_at(block.header, block.size()) || maps.slots()[block.header].header.record != record) {
+      return damaged("the block of service \"" + service.name + "\"");
+    }
+    if (maps.find_key(encode_key(service)) != record) {
+      return damaged("the key of service \"" + service.name + "\"");
+    }
+    for (const std::uint32_t index : indices) {
+      if (backends[index] || maps.backends()[index].record != record) {
+        return damaged("a backend of service \"" + service.name + "\"");
+      }
+      backends[index] = true;
+    }
+    if (service.backends.size() < block.slots) {
+      return damaged("a slot of service \"" + service.name + "\"");
+    }
+    records[record] = true;
+  }
+  for (std::uint32_t index = 0; index < backends.size(); ++index) {
+    if (!backends[index]) {
+      maps.backends()[index].state = BACKEND_UNUSED;
+    }
+  }
+
+  // Keys without a service: from a change that did not end. Their records are not free before the keys are gone.
+  std::vector<std::pair<Key, std::uint32_t>> unused;
+  std::vector<Key> markers;
+  for (const Key& key : *keys) {
+    const auto record = maps.find_key(key);
+    if (is_marker(key)) {
+      markers.push_back(key);
+    } else if (!record || *record >= records.size()) {
+      return damaged("a key of Service_Map");
+    } else if (!records[*record]) {
+      unused.emplace_back(key, *record);
+      records[*record] = true;
+    }
+  }
+
+  Publisher publisher(maps, std::move(*grace), IndexPool(capacity.records(), records),
+                      IndexPool(capacity.backend_records(), backends), std::move(blocks));
+  publisher.unused_keys_ = std::move(unused);
+  for (auto& published : services) {
+    const Key key = encode_key(published.service);
+    ++publisher.vips_[marker_of(key)];
+    publisher.backend_count_ += published.backends.size();
+    publisher.by_name_.emplace(published.service.name, key);
+    publisher.services_.emplace(key, std::move(published));
+  }
+  for (const Key& marker : markers) {
+    if (!publisher.vips_.contains(marker)) {
+      publisher.unused_keys_.emplace_back(marker, MARKER_RECORD);
+    }
+  }
+  // A change that ended between a service's key and its marker.
+  std::vector<Key> missing;
+  for (const auto& [marker, count] : publisher.vips_) {
+    if (!maps.find_key(marker)) {
+      missing.push_back(marker);
+    }
+  }
+  const std::vector<std::uint32_t> values(missing.size(), MARKER_RECORD);
+  if (auto inserted = maps.insert_keys(missing, values); !inserted) {
+    return std::unexpected(inserted.error());
+  }
+  publisher.erase_unused_keys();
+  return publisher;
+}
+
+const config::Service* Publisher::find(const Key& key) const {
+  const auto found = services_.find(key);
+  return found == services_.end() ? nullptr : &found->second.service;
+}
+
+const config::Service* Publisher::find(std::string_view name) const {
+  const auto found = by_name_.find(std::string(name));
+  return found == by_name_.end() ? nullptr : find(found->second);
+}
+
+std::vector<config::Service> Publisher::services() const {
+  std::vector<config::Service> services;
+  services.reserve(services_.size());
+  for (const auto& [key, published] : services_) {
+    services.push_back(published.service);
+  }
+  return services;
+}
+
+Result<void> Publisher::apply(std::span<const config::Service> services) {
+  std::vector<config::Service> changed;
+  std::unordered_set<Key, KeyHash> wanted;
+  wanted.reserve(services.size());
+  for (const auto& service : services) {
+    const Key key = encode_key(service);
+    wanted.insert(key);
+    const config::Service* published = find(key);
+    if (published == nullptr || !same_service(*published, service)) {
+      changed.push_back(service);
+    }
+  }
+  std::vector<Key> removed;
+  for (const auto& [key, published] : services_) {
+    if (!wanted.contains(key)) {
+      removed.push_back(key);
+    }
+  }
+  return publish(std::move(changed), std::move(removed));
+}
+
+Result<void> Publisher::set_backends(std::string_view name, std::vector<config::Backend> backends) {
+  const config::Service* service = find(name);
+  if (service == nullptr) {
+    return fail(-ENOENT, "there is no service \"" + std::string(name) + "\"");
+  }
+  config::Service changed = *service;
+  changed.backends = std::move(backends);
+  if (same_service(*service, changed)) {
+    return {};
+  }
+  std::vector<config::Service> one;
+  one.push_back(std::move(changed));
+  return publish(std::move(one), {});
+}
+
+Result<void> Publisher::publish(std::vector<config::Service> changed, std::vector<Key> removed) {
+  const Change change(*maps_);
+  erase_unused_keys();  // those that an earlier change could not delete
+
+  // 1. Write everything that is new beside what is published. Nobody sees it.
+  std::vector<Staged> staged;
+  staged.reserve(changed.size());
+  const auto undo = [&] { std::ranges::for_each(staged, [this](const Staged& one) { unstage(one); }); };
+  for (auto& service : changed) {
+    const auto found = services_.find(encode_key(service));
+    auto one = stage(std::move(service), found == services_.end() ? nullptr : &found->second);
+    if (!one) {
+      undo();
+      return std::unexpected(one.error());
+    }
+    staged.push_back(std::move(*one));
+  }
+
+  // 2. Insert the keys of new services: the last step that can fail. Their records still say "no service here".
+  if (auto inserted = insert_new_keys(staged); !inserted) {
+    undo();
+    return inserted;
+  }
+
+  // 3. One store for each service publishes it, or takes it away.
+  for (Staged& one : staged) {
+    commit(one);
+  }
+  for (const Key& key : removed) {
+    remove(key);
+  }
+
+  // 4. Only now delete keys. Failing here leaves keys that mean nothing; the next change tries again.
+  erase_unused_keys();
+
+  // 5. What was replaced becomes free after a grace period, which is waited for once in a while and after publication.
+  reclaim_if_worthwhile();
+  return {};
+}
+
+Result<Publisher::Staged> Publisher::stage(config::Service service, PublishedService* previous) {
+  Staged staged{.next = {.service = std::move(service), .record = 0, .block = {}, .backends = {}},
+                .previous = previous,
+                .fresh = {},
+                .leaving = {}};
+  auto& next = staged.next;
+  const auto failed = [&](Error error) {
+    unstage(staged);
+    return std::unexpected(std::move(error));
+  };
+
+  if (previous != nullptr) {
+    next.record = previous->record;
+  } else {
+    auto record = take(records_);
+    if (!record) {
+      return std::unexpected(record.error());
+    }
+    next.record = *record;
+    withdraw(*maps_, encode_key(next.service), next.record);
+    encode_record(next.service, maps_->records()[next.record]);
+    maps_->clear_counters(next.record);
+  }
+
+  // A backend that stays keeps its index, and with it its counters.
+  EndpointIndex before;
+  if (previous != nullptr) {
+    for (std::size_t i = 0; i < previous->backends.size(); ++i) {
+      const auto& backend = previous->service.backends[i];
+      before.emplace(std::pair(backend.address, backend.port), previous->backends[i]);
+    }
+  }
+  next.backends.reserve(next.service.backends.size());
+  for (const auto& backend : next.service.backends) {
+    if (const auto found = before.find({backend.address, backend.port}); found != before.end()) {
+      next.backends.push_back(found->second);
+      before.erase(found);
+      continue;
+    }
+    auto index = take(backends_);
+    if (!index) {
+      return failed(index.error());
+    }
+    staged.fresh.push_back(*index);
+    next.backends.push_back(*index);
+    maps_->backends()[*index] = encode_backend(backend, next.record);
+    maps_->clear_counters(maps_->backend_stats(*index));
+  }
+  for (const auto& [endpoint, index] : before) {
+    staged.leaving.push_back(index);
+  }
+
+  const std::uint32_t size = block_size(next.service);
+  auto header = take(blocks_, size);
+  if (!header) {
+    return failed(header.error());
+  }
+  next.block = {.header = *header, .slots = size - 1};
+  encode_block(next.service, next.record, next.backends, maps_->slots().subspan(*header, size));
+  return staged;
+}
+
+void Publisher::unstage(const Staged& staged) {
+  for (const std::uint32_t index : staged.fresh) {
+    maps_->backends()[index].state = BACKEND_UNUSED;
+    backends_.give_back(index);
+  }
+  if (staged.next.block.header != 0) {
+    blocks_.give_back(staged.next.block.header, staged.next.block.size());
+  }
+  if (staged.previous == nullptr) {
+    records_.give_back(staged.next.record);
+  }
+}
+
+Result<void> Publisher::insert_new_keys(const std::vector<Staged>& staged) {
+  std::vector<Key> keys;
+  std::vector<std::uint32_t> values;
+  std::unordered_set<Key, KeyHash> markers;
+  for (const Staged& one : staged) {
+    if (one.previous != nullptr) {
+      continue;
+    }
+    const Key key = encode_key(one.next.service);
+    keys.push_back(key);
+    values.push_back(one.next.record);
+    const Key marker = marker_of(key);
+    if (!vips_.contains(marker) && markers.insert(marker).second) {
+      keys.push_back(marker);
+      values.push_back(MARKER_RECORD);
+    }
+  }
+  return maps_->insert_keys(keys, values);
+}
+
+void Publisher::commit(Staged& staged) {
+  const Key key = encode_key(staged.next.service);
+  auto& next = staged.next;
+  plugin::publish(*maps_, key, next.record, next.block);
+
+  // What only people read: names, weights, states.
+  if (staged.previous != nullptr) {
+    encode_name(next.service.name, maps_->records()[next.record]);
+    for (std::size_t i = 0; i < next.backends.size(); ++i) {
+      auto& record = maps_->backends()[next.backends[i]];
+      record.weight = next.service.backends[i].weight;
+      record.state = next.service.backends[i].state == config::BackendState::drain ? BACKEND_DRAIN : BACKEND_ACTIVE;
+    }
+    blocks_.retire(staged.previous->block.header, staged.previous->block.size());
+    for (const std::uint32_t index : staged.leaving) {
+      maps_->backends()[index].state = BACKEND_UNUSED;
+      backends_.retire(index);
+    }
+    backend_count_ -= staged.previous->backends.size();
+    const auto name = by_name_.find(staged.previous->service.name);
+    if (name != by_name_.end() && name->second == key) {
+      by_name_.erase(name);
+    }
+  } else {
+    ++vips_[marker_of(key)];
+  }
+  backend_count_ += next.backends.size();
+  by_name_.insert_or_assign(next.service.name, key);
+  services_.insert_or_assign(key, std::move(next));
+}
+
+void Publisher::remove(const Key& key) {
+  const auto found = services_.find(key);
+  const PublishedService& published = found->second;
+  withdraw(*maps_, key, published.record);
+  unused_keys_.emplace_back(key, published.record);
+  blocks_.retire(published.block.header, published.block.size());
+  for (const std::uint32_t index : published.backends) {
+    maps_->backends()[index].state = BACKEND_UNUSED;
+    backends_.retire(index);
+  }
+  backend_count_ -= published.backends.size();
+  const Key marker = marker_of(key);
+  if (--vips_[marker] == 0) {
+    vips_.erase(marker);
+    unused_keys_.emplace_back(marker, MARKER_RECORD);
+  }
+  const auto name = by_name_.find(published.service.name);
+  if (name != by_name_.end() && name->second == key) {
+    by_name_.erase(name);
+  }
+  services_.erase(found);
+}
+
+void Publisher::erase_unused_keys() {
+  std::erase_if(unused_keys_, [this](const std::pair<Key, std::uint32_t>& unused) {
+    const auto& [key, record] = unused;
+    const bool in_use_again = is_marker(key) ? vips_.contains(key) : services_.contains(key);
+    if (!in_use_again && !maps_->erase_key(key)) {
+      return false;
+    }
+    if (record != MARKER_RECORD) {
+      records_.retire(record);
+    }
+    return true;
+  });
+}
+
+template <class Pool, class... Size>
+Result<std::uint32_t> Publisher::take(Pool& pool, Size... size) {
+  auto taken = pool.take(size...);
+  if (!taken) {
+    if (auto reclaimed = reclaim(); !reclaimed) {
+      return std::unexpected(reclaimed.error());
+    }
+    taken = pool.take(size...);
+  }
+  if (!taken) {
+    return fail(-ENOSPC, "the maps have no room for this change");
+  }
+  return *taken;
+}
+
+Result<void> Publisher::reclaim() {
+  if (auto waited = grace_.wait(); !waited) {
+    return waited;
+  }
+  records_.reclaim();
+  backends_.reclaim();
+  blocks_.reclaim();
+  return {};
+}
+
+void Publisher::reclaim_if_worthwhile() {
+  // After the publication, so that it does not wait; a failure shows again where room is needed.
+  if (records_.mostly_retired() || backends_.mostly_retired() || blocks_.mostly_retired()) {
+    (void)reclaim();
+  }
+}
+
+}  // namespace plugin

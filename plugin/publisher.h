@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// Publishes services into the maps, each by one atomic store, while programs read them. ARCHITECTURE.md, "Publication",
+// explains the order of the steps; the torture test in tests/torture shows what happens without it.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "config/config.h"
+#include "plugin/grace_period.h"
+#include "plugin/map_encoding.h"
+#include "plugin/maps.h"
+#include "plugin/pools.h"
+#include "plugin/system_error.h"
+
+namespace plugin {
+
+/// A service as the maps have it.
+struct PublishedService {
+  config::Service service;
+  std::uint32_t record = 0;
+  Block block;
+  std::vector<std::uint32_t> backends;  // the Backend_Map index of each of service.backends
+};
+
+/// Everything that is published, read from the maps alone. Safe beside a publisher in another process: what it sees of
+/// one service is consistent, unless the service changes again and again during the reading.
+std::vector<PublishedService> read_published(const Maps& maps);
+
+/// The only writer of a set of maps. Used by one thread at a time.
+class Publisher {
+ public:
+  /// For fresh maps, with nothing published.
+  static Result<Publisher> create(Maps& maps);
+
+  /// For maps that another process has written and left. -EPROTO: what they hold is damaged.
+  static Result<Publisher> adopt(Maps& maps);
+
+  /// Makes `services` what is published: all of them or, on failure, none. -ENOSPC: the maps have no room, or none in
+  /// one piece; new maps of the same capacity may have.
+  Result<void> apply(std::span<const config::Service> services);
+
+  /// Replaces the backends of one service, at a cost that depends on this service only. -ENOENT: no such service.
+  Result<void> set_backends(std::string_view service, std::vector<config::Backend> backends);
+
+  const config::Service* find(std::string_view name) const;
+  const config::Service* find(const Key& key) const;
+  std::vector<config::Service> services() const;
+  std::size_t service_count() const { return services_.size(); }
+  std::size_t backend_count() const { return backend_count_; }
+
+ private:
+  /// A service that is written beside what is published, ready to be published.
+  struct Staged {
+    PublishedService next;
+    PublishedService* previous = nullptr;  // null: the service is new
+    std::vector<std::uint32_t> fresh;      // those of next.backends that were taken for it
+    std::vector<std::uint32_t> leaving;    // backend indices that only `previous` has
+  };
+
+  Publisher(Maps& maps, GracePeriod grace, IndexPool records, IndexPool backends, ExtentPool blocks);
+
+  Result<void> publish(std::vector<config::Service> changed, std::vector<Key> removed);
+  Result<Staged> stage(config::Service service, PublishedService* previous);
+  void unstage(const Staged& staged);
+  void commit(Staged& staged);
+  void remove(const Key& key);
+  Result<void> insert_new_keys(const std::vector<Staged>& staged);
+  void erase_unused_keys();
+  void reclaim_if_worthwhile();
+
+  template <class Pool, class... Size>
+  Result<std::uint32_t> take(Pool& pool, Size... size);
+  Result<void> reclaim();
+
+  // A pointer, so that a Publisher can be moved; the maps outlive it.
+  Maps* maps_;
+  GracePeriod grace_;
+  IndexPool records_;
+  IndexPool backends_;
+  ExtentPool blocks_;
+  std::unordered_map<Key, PublishedService, KeyHash> services_;
+  std::unordered_map<std::string, Key> by_name_;
+  std::unordered_map<Key, std::uint32_t, KeyHash> vips_;  // marker -> services with this address
+  // Keys of Service_Map that stand for nothing any more, and the record that becomes free with each.
+  std::vector<std::pair<Key, std::uint32_t>> unused_keys_;
+  std::size_t backend_count_ = 0;
+};
+
+}  // namespace plugin
