@@ -4,12 +4,14 @@
 #include "config/read_config.h"
 
 #include <fmt/format.h>
-#include <toml++/toml.h>
 
 #include <algorithm>
+#include <array>
+#include <chrono>
 #include <concepts>
 #include <limits>
 #include <optional>
+#include <span>
 #include <utility>
 
 #include "config/did_you_mean.h"
@@ -22,13 +24,21 @@
 #include "config/validate.h"
 #include "config/values.h"
 
+// The parser asserts, or even lets the optimizer assume, what does not hold for every text ("a = [}"), before it
+// reports the mistake. Without assertions it only reports it.
+#pragma push_macro("NDEBUG")
+#undef NDEBUG
+#define TOML_ASSERT(expr) static_assert(true)
+#include <toml++/toml.h>
+#pragma pop_macro("NDEBUG")
+
 namespace config {
 namespace {
 
 using namespace std::chrono_literals;
 using std::chrono::milliseconds;
 
-constexpr std::uint32_t max_limit = 4'194'304;  // for each of [limits]: the maps of 2^22 services take 1 GiB and more
+constexpr std::uint32_t max_limit = 4'194'304;  // for each of [limits]: 2^22 services take 768 MiB of records
 constexpr std::size_t max_path = 4095;          // PATH_MAX without the NUL
 constexpr std::size_t max_socket_path = 107;    // sockaddr_un::sun_path without the NUL
 
