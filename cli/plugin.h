@@ -15,7 +15,7 @@ namespace cli {
 
 struct Plugin {
   struct Unload {
-    void operator()(void* library) const { dlclose(library); }
+    void operator()(void* loaded) const { dlclose(loaded); }
   };
   std::unique_ptr<void, Unload> library;
   std::string path;  // where it was found; the bare name when the dynamic linker found it
