@@ -27,6 +27,7 @@ void Mistakes::add(Position position, std::string_view key, std::string_view wha
 std::vector<Mistake> Mistakes::take() {
   std::ranges::sort_heap(first_, is_before);
   std::vector<Mistake> result;
+  result.reserve(first_.size() + 1);
   for (Entry& entry : first_) result.push_back(std::move(entry.mistake));
   if (count_ > result.size()) result.push_back({{}, fmt::format("and {} more", count_ - result.size())});
   return result;

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <system_error>
 
@@ -11,6 +12,8 @@
 
 namespace config {
 namespace {
+
+constexpr std::size_t mebibyte = std::size_t{1024} * 1024;
 
 struct File {
   explicit File(const std::string& path) : descriptor(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOCTTY)) {}
@@ -36,15 +39,15 @@ Result<std::string> read_file(const std::string& path) {
   std::size_t length = 0;
   for (;;) {
     // Sizes from stat() mean nothing for pipes and are only a guess for a file that is being written.
-    if (text.size() == length) text.resize(std::max<std::size_t>(64 * 1024, 2 * length));
+    if (text.size() == length) text.resize(std::max<std::size_t>(mebibyte / 16, 2 * length));
     const ssize_t got = ::read(file.descriptor, text.data() + length, text.size() - length);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) return failed(path, errno);
     if (got == 0) break;
     length += static_cast<std::size_t>(got);
     if (length > max_text_size) {
-      return std::unexpected(Error{-EFBIG, fmt::format("{}: expected at most {} MiB, got more", printable(path),
-                                                       max_text_size / (1024 * 1024))});
+      return std::unexpected(Error{
+          -EFBIG, fmt::format("{}: expected at most {} MiB, got more", printable(path), max_text_size / mebibyte)});
     }
   }
   text.resize(length);

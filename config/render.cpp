@@ -68,7 +68,7 @@ std::string excerpt(std::vector<std::string_view> line, std::size_t at) {
 std::string render(const Mistake& mistake, std::string_view text, std::string_view name) {
   const auto [line, column] = mistake.position;
   if (line == 0) return fmt::format("{}: {}", printable(name), mistake.message);
-  const std::string head = fmt::format("{}:{}:{}: {}", printable(name), line, column, mistake.message);
+  std::string head = fmt::format("{}:{}:{}: {}", printable(name), line, column, mistake.message);
   const auto characters = split(find_line(text, line));
   if (characters.empty()) return head;
   const std::size_t at = std::min<std::size_t>(column - std::min(column, 1u), characters.size());

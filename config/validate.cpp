@@ -16,11 +16,12 @@ namespace config {
 namespace {
 
 struct EndpointKey {
-  std::uint64_t high, low;
+  std::uint64_t high = 0;
+  std::uint64_t low = 0;
   std::uint32_t port_and_protocol;
 
   EndpointKey(const Address& address, std::uint16_t port, Protocol protocol)
-      : high(0), low(0), port_and_protocol(std::uint32_t{port} << 8 | static_cast<std::uint8_t>(protocol)) {
+      : port_and_protocol(std::uint32_t{port} << 8 | static_cast<std::uint8_t>(protocol)) {
     if (address.is_v4()) {  // as v4-mapped
       low = 0xffff00000000u | address.to_v4().to_uint();
     } else {

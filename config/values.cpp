@@ -34,7 +34,7 @@ Parsed<Address> parse_address(std::string_view text) {
   const bool plain = text.find_first_not_of("0123456789abcdefABCDEF.:") == std::string_view::npos;
   if (text.find('%') != std::string_view::npos) return expected("an address without a scope");
   boost::system::error_code error;
-  const Address address = plain ? boost::asio::ip::make_address(text, error) : Address{};
+  Address address = plain ? boost::asio::ip::make_address(text, error) : Address{};
   if (!plain || error || text.empty()) return expected("a numeric IPv4 or IPv6 address");
   return address;
 }
