@@ -8,7 +8,6 @@
 
 #include "cli/endpoint.h"
 #include "cli/pinned.h"
-#include "cli/text.h"
 #include "cli/verbs.h"
 #include "config/printable.h"
 
@@ -59,8 +58,9 @@ std::string to_text(const Endpoint& asked, const clusterip_resolution& found) {
       return fmt::format("{}: not ours, a connect() passes untouched", vip);
     case CLUSTERIP_VERDICT_REWRITTEN: {
       const AddressAndPort backend = numeric(found.backend);
-      return fmt::format("{}: {}: a connect() reaches {}, one of {}", vip, service,
-                         address_and_port(backend.address, backend.port), count(found.backends, "active backend"));
+      return fmt::format(
+          "{}: {}: a connect() reaches {}, {}", vip, service, address_and_port(backend.address, backend.port),
+          found.backends == 1 ? "the only active backend" : fmt::format("one of {} active backends", found.backends));
     }
     case CLUSTERIP_VERDICT_NO_BACKEND:
       return fmt::format("{}: {}: no backend takes connections, the service's no_backend applies", vip, service);
