@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// A process that changes the pinned state is killed at any moment: what serves goes on, and the next one repairs.
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+#include <memory>
+
+#include "tests/support/fixture.h"
+
+namespace {
+
+using namespace support;
+
+class Crash : public Integration {
+ protected:
+  static void spin_for(std::chrono::microseconds time) {
+    const auto end = std::chrono::steady_clock::now() + time;
+    while (std::chrono::steady_clock::now() < end) {
+    }
+  }
+
+  /// Runs `steps` in a child over and over, and kills it after `heard` of its steps and a little more. Each round kills
+  /// at another moment.
+  void kill_during(const std::function<void(const Channel&)>& steps, int heard, std::chrono::microseconds more) {
+    Child child([&](const Channel& parent) {
+      for (;;) steps(parent);
+    });
+    for (int i = 0; i < heard; ++i) child.channel().hear();
+    spin_for(more);
+    child.kill();
+    EXPECT_EQ(child.wait(), "ended by Killed");
+  }
+};
+
+TEST_F(Crash, KilledWhilePublishingServesOnAndIsRepaired) {
+  const NamedServer stable("stable", "127.0.0.1"), one("one", "127.0.0.2"), two("two", "127.0.0.3");
+  const Service kept = {"kept", "10.96.0.1", 80, {backend(stable)}};
+  const std::string small = toml({kept, {"web", "10.96.0.2", 80, {backend(one)}}}, {8, 16});
+  const std::string large = toml({kept,
+                                  {"web", "10.96.0.2", 80, {backend(two), backend(one, 3)}},
+                                  {"extra", "10.96.0.3", 80, {backend(one)}},
+                                  {"more", "10.96.0.4", 80, {backend(two)}}},
+                                 {8, 16});
+  const std::string resized = toml({kept, {"web", "10.96.0.2", 80, {backend(one)}}}, {16, 32});
+  ASSERT_EQ(in_child([&] { const Handle handle = serve(small, pinned()); }), "");
+
+  Asker asker("10.96.0.1", 80);
+  for (int round = 0; round < 15; ++round) {
+    std::unique_ptr<Handle> handle;
+    kill_during(
+        [&](const Channel& parent) {
+          if (!handle) handle = std::make_unique<Handle>(plugin(), pinned());
+          require_ok(handle->load(large));
+          parent.tell('l');
+          for (int i = 0; i < 20; ++i) {
+            require_ok(handle->set_backends("web", {backend(i % 2 == 0 ? one : two)}));
+            parent.tell('s');
+          }
+          require_ok(handle->load(round % 2 == 0 ? small : resized));
+          parent.tell('l');
+        },
+        round * 5 + 1, std::chrono::microseconds(round * 431));
+
+    Handle adopter(plugin(), pinned());
+    const auto seen = adopter.visit();
+    ASSERT_GE(seen.size(), 2u);
+    EXPECT_EQ(std::ranges::count(seen, "kept", &SeenService::name), 1);
+    EXPECT_EQ(ask("10.96.0.1", 80), answered_by("stable"));
+    const Answer web = ask("10.96.0.2", 80);
+    EXPECT_TRUE(web == answered_by("one") || web == answered_by("two")) << web;
+    ASSERT_TRUE(ok(adopter.load(large)));
+    ASSERT_TRUE(ok(adopter.attach()));
+    EXPECT_EQ(ask("10.96.0.3", 80), answered_by("one"));
+    EXPECT_EQ(ask("10.96.0.4", 80), answered_by("two"));
+    EXPECT_EQ(adopter.visit().size(), 4u);
+    EXPECT_EQ(connect4_programs(cgroup()).size(), 1u);
+    asker.wait_for(5);
+  }
+  const auto answers = asker.stop();
+  EXPECT_EQ(answers.size(), 1u) << testing::PrintToString(answers);
+  EXPECT_TRUE(answers.contains("stable")) << testing::PrintToString(answers);
+  EXPECT_TRUE(ok(Handle(plugin(), pinned()).detach()));
+}
+
+TEST_F(Crash, RoomIsNotLostToKilledProcesses) {
+  const NamedServer one("one", "127.0.0.1"), two("two", "127.0.0.2");
+  // As full as the limits allow, so that a leaked record, block or backend would soon be missed.
+  const std::string full =
+      toml({{"a", "10.96.0.1", 80, {backend(one)}}, {"b", "10.96.0.2", 80, {backend(two)}}}, {2, 2});
+  const std::string other =
+      toml({{"c", "10.96.0.3", 80, {backend(two)}}, {"d", "10.96.0.4", 80, {backend(one)}}}, {2, 2});
+  ASSERT_EQ(in_child([&] { const Handle handle = serve(full, pinned()); }), "");
+  for (int round = 0; round < 10; ++round) {
+    std::unique_ptr<Handle> handle;
+    kill_during(
+        [&](const Channel& parent) {
+          if (!handle) handle = std::make_unique<Handle>(plugin(), pinned());
+          for (const std::string* text : {&other, &full}) {
+            require_ok(handle->load(*text));
+            parent.tell('l');
+          }
+        },
+        round / 3 + 1, std::chrono::microseconds(round * 977));
+    ASSERT_TRUE(ok(Handle(plugin(), pinned()).load(full)));
+    EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one"));
+    EXPECT_EQ(ask("10.96.0.2", 80), answered_by("two"));
+    EXPECT_EQ(ask("10.96.0.3", 80), refused_with(ENETUNREACH));
+  }
+  EXPECT_TRUE(ok(Handle(plugin(), pinned()).detach()));
+}
+
+TEST_F(Crash, KilledWhileAttachingOrDetachingIsRepaired) {
+  const NamedServer server("server");
+  const std::string text = toml({{"web", "10.96.0.1", 80, {backend(server)}}}, {8, 8});
+  for (int round = 0; round < 25; ++round) {
+    kill_during(
+        [&](const Channel& parent) {
+          parent.tell('b');
+          Handle handle(plugin(), pinned());
+          require_ok(handle.load(text));
+          require_ok(handle.attach());
+          parent.tell('a');
+          require_ok(handle.detach());
+        },
+        round % 4 + 1, std::chrono::microseconds(round * 613));
+    EXPECT_LE(connect4_programs(cgroup()).size(), 1u);
+    {
+      const Handle handle = serve(text, pinned());
+      EXPECT_EQ(ask("10.96.0.1", 80), answered_by("server"));
+      EXPECT_EQ(connect4_programs(cgroup()).size(), 1u);
+    }
+    ASSERT_TRUE(ok(Handle(plugin(), pinned()).detach()));
+    EXPECT_TRUE(connect4_programs(cgroup()).empty());
+    EXPECT_FALSE(std::filesystem::exists(pin()));
+  }
+}
+
+}  // namespace

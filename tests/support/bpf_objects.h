@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// The kernel's BPF objects as they are, by raw system calls: what a test asserts about the plugin is not looked up with
+// the library that the plugin uses.
+#pragma once
+
+#include <linux/bpf.h>
+
+#include <cstdint>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "tests/support/cgroup.h"
+#include "tests/support/fd.h"
+
+namespace support {
+
+/// bpf(2). A negative result leaves errno.
+int bpf(bpf_cmd command, bpf_attr& attr);
+
+/// The programs attached to a cgroup's connect4 hook, in the order in which they run.
+std::vector<std::uint32_t> connect4_programs(const Cgroup& cgroup);
+
+std::string program_name(std::uint32_t program);
+
+/// The map of this name among the pins below a directory. Throws when there is none.
+Fd pinned_map(const std::string& directory, const std::string& name);
+
+/// What hangs on a cgroup: programs at connect4, their maps, and the links to the cgroup.
+struct BpfObjects {
+  std::set<std::uint32_t> programs;
+  std::set<std::uint32_t> maps;
+  std::set<std::uint32_t> links;
+};
+BpfObjects objects_of(const Cgroup& cgroup);
+
+/// Detach like an administrator would who knows nothing of us.
+void detach_link(std::uint32_t link);
+
+/// How many of these objects still exist. Ids are not reused soon: a new object never takes an old one's place here.
+std::size_t still_there(const BpfObjects& objects);
+
+/// All programs, maps and links of this machine. Other processes change it at any time.
+std::size_t count_all_objects();
+
+/// Somebody else's connect4 program, attached beside ours: it refuses, with EPERM, connects to one port.
+class ForeignProgram {
+ public:
+  ForeignProgram(const Cgroup& cgroup, std::uint16_t refused_port);
+  ~ForeignProgram();
+  ForeignProgram(const ForeignProgram&) = delete;
+  ForeignProgram& operator=(const ForeignProgram&) = delete;
+
+  std::uint32_t id() const { return id_; }
+
+ private:
+  Fd cgroup_;
+  Fd program_;
+  std::uint32_t id_ = 0;
+};
+
+}  // namespace support

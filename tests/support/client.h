@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#pragma once
+
+#include <netinet/in.h>
+
+#include <atomic>
+#include <cstdint>
+#include <iosfwd>
+#include <map>
+#include <string>
+#include <thread>
+
+#include "tests/support/fd.h"
+
+namespace support {
+
+sockaddr_in socket_address(const std::string& address, std::uint16_t port);
+
+/// A TCP socket whose calls end after some seconds at the latest, and which is reset when it is closed: tests make so
+/// many connections that TIME_WAIT would use up the local ports.
+Fd tcp_socket(int more_flags = 0);
+
+/// The errno of a connect(), or 0.
+int connect_errno(int fd, const std::string& address, std::uint16_t port);
+
+/// What a client saw: the errno of its connect (or read), else what the server said until it closed.
+struct Answer {
+  int error = 0;
+  std::string text;
+  friend bool operator==(const Answer&, const Answer&) = default;
+};
+std::ostream& operator<<(std::ostream& out, const Answer& answer);
+
+inline Answer refused_with(int error) { return {error, {}}; }
+inline Answer answered_by(std::string name) { return {0, std::move(name)}; }
+
+/// Connect, read until the server closes.
+Answer ask(const std::string& address, std::uint16_t port);
+
+/// Read until the server closes.
+Answer read_answer(int fd);
+
+/// Asks one address over and over in a thread, and counts what it is told.
+class Asker {
+ public:
+  Asker(std::string address, std::uint16_t port);
+  ~Asker();
+  Asker(const Asker&) = delete;
+  Asker& operator=(const Asker&) = delete;
+
+  /// Block until so many more answers have come, right or wrong.
+  void wait_for(std::uint64_t more) const;
+
+  /// End, and return the answers with how often each came.
+  std::map<std::string, std::uint64_t> stop();
+
+ private:
+  std::atomic<bool> stopping_ = false;
+  std::atomic<std::uint64_t> answers_ = 0;
+  std::map<std::string, std::uint64_t> seen_;  // the thread's until it is joined
+  std::thread thread_;
+};
+
+}  // namespace support

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "tests/support/fixture.h"
+
+#include <cstdlib>
+#include <filesystem>
+
+namespace support {
+
+void Integration::SetUp() {
+  if (!missing_privilege().empty()) {
+    if (std::getenv("CLUSTERIP_REQUIRE_PRIVILEGE") != nullptr) FAIL() << missing_privilege();
+    GTEST_SKIP() << missing_privilege();
+  }
+  plugin_.emplace();
+  cgroup_.emplace();
+  cgroup_->enter();
+  stderr_.emplace();
+  open_files_ = open_files();
+}
+
+void Integration::TearDown() {
+  if (!cgroup_) return;
+  EXPECT_EQ(open_files(), open_files_) << "files were left open";
+  EXPECT_EQ(stderr_->text(), "");
+  stderr_.reset();
+  Cgroup::leave();
+  cgroup_.reset();
+  std::error_code ignored;
+  std::filesystem::remove_all(pin(), ignored);  // after a failure: the next test in this process begins with nothing
+}
+
+Handle Integration::serve(const std::string& text, const Paths& paths) const {
+  Handle handle(plugin(), paths);
+  require_ok(handle.load(text));
+  require_ok(handle.attach());
+  return handle;
+}
+
+}  // namespace support

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "tests/support/named_server.h"
+
+#include <arpa/inet.h>
+#include <sys/socket.h>
+
+#include <cstring>
+
+#include "tests/support/client.h"
+
+namespace support {
+namespace {
+
+constexpr int backlog = 4096;
+
+void send_all(int connection, const std::string& text) {
+  // A client that has gone is none of the server's concern.
+  (void)!::send(connection, text.data(), text.size(), MSG_NOSIGNAL);
+}
+
+void read_request(int connection) {
+  std::string request;
+  char buffer[1024];
+  while (request.find("\r\n\r\n") == std::string::npos) {
+    const ssize_t size = ::recv(connection, buffer, sizeof buffer, 0);
+    if (size <= 0) return;
+    request.append(buffer, static_cast<std::size_t>(size));
+  }
+}
+
+std::string local_address(int connection) {
+  sockaddr_in local{};
+  socklen_t length = sizeof local;
+  checked(::getsockname(connection, reinterpret_cast<sockaddr*>(&local), &length), "getsockname");
+  char text[INET_ADDRSTRLEN];
+  return ::inet_ntop(AF_INET, &local.sin_addr, text, sizeof text);
+}
+
+}  // namespace
+
+NamedServer::NamedServer(std::string name, const std::string& address, Speaks speaks)
+    : name_(std::move(name)),
+      address_(address),
+      speaks_(speaks),
+      listener_(checked(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket")) {
+  sockaddr_in local = socket_address(address, 0);
+  socklen_t length = sizeof local;
+  checked(::bind(listener_.get(), reinterpret_cast<const sockaddr*>(&local), length), "bind " + address);
+  checked(::listen(listener_.get(), backlog), "listen");
+  checked(::getsockname(listener_.get(), reinterpret_cast<sockaddr*>(&local), &length), "getsockname");
+  port_ = ntohs(local.sin_port);
+  thread_ = std::thread([this] { serve(); });
+}
+
+NamedServer::~NamedServer() {
+  ::shutdown(listener_.get(), SHUT_RDWR);  // ends accept()
+  thread_.join();
+}
+
+void NamedServer::serve() {
+  for (;;) {
+    Fd connection(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
+    if (connection.get() < 0) {
+      if (errno == EINVAL) return;
+      continue;
+    }
+    ++accepted_;
+    answer(connection.get());
+  }
+}
+
+void NamedServer::answer(int connection) const {
+  switch (speaks_) {
+    case Speaks::name:
+      return send_all(connection, name_);
+    case Speaks::local_address:
+      return send_all(connection, local_address(connection));
+    case Speaks::http:
+      read_request(connection);
+      return send_all(connection, "HTTP/1.0 200 OK\r\nContent-Length: " + std::to_string(name_.size()) +
+                                      "\r\nConnection: close\r\n\r\n" + name_);
+  }
+}
+
+}  // namespace support

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "tests/support/toml.h"
+
+#include <fmt/format.h>
+
+namespace support {
+
+std::string toml(const std::vector<Service>& services, Limits limits) {
+  std::string text = fmt::format("[limits]\nservices = {}\nbackends = {}\n", limits.services, limits.backends);
+  for (const Service& service : services) {
+    text += fmt::format("\n[[service]]\nname = \"{}\"\nvip = \"{}\"\nport = {}\nno_backend = \"{}\"\nbackends = [\n",
+                        service.name, service.vip, service.port, service.no_backend);
+    for (const Backend& backend : service.backends)
+      text += fmt::format("  {{ address = \"{}\", port = {}, weight = {}, state = \"{}\" }},\n", backend.address,
+                          backend.port, backend.weight, backend.state);
+    text += "]\n";
+  }
+  return text;
+}
+
+}  // namespace support

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tests/support/named_server.h"
+
+namespace support {
+
+struct Backend {
+  std::string address;
+  std::uint16_t port;
+  std::uint32_t weight = 1;
+  std::string state = "active";
+};
+
+inline Backend backend(const NamedServer& server, std::uint32_t weight = 1, std::string state = "active") {
+  return {server.address(), server.port(), weight, std::move(state)};
+}
+
+struct Service {
+  std::string name;
+  std::string vip;
+  std::uint16_t port;
+  std::vector<Backend> backends;
+  std::string no_backend = "refuse";
+};
+
+struct Limits {
+  std::uint32_t services = 256;
+  std::uint32_t backends = 4096;
+};
+
+/// The configuration's text.
+std::string toml(const std::vector<Service>& services, Limits limits = {});
+
+}  // namespace support
