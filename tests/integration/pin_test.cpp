@@ -252,29 +252,47 @@ TEST_F(Pin, SecondProcessThatWantsToChangeIsBusy) {
   remove_all_of_ours();
 }
 
-TEST_F(Pin, StateOfAnotherLayoutIsRefusedAndGoesOnServing) {
+TEST_F(Pin, AttachToAnotherCgroupIsRefused) {
+  const NamedServer one("one"), two("two");
+  const Cgroup other;
+  pin_from_another_process(toml({{"web", "10.96.0.1", 80, {backend(one)}}}));
+  {
+    Handle handle(plugin(), {other.path(), pin()});
+    const Outcome outcome = handle.attach();
+    EXPECT_LT(outcome.code, 0);
+    EXPECT_NE(outcome.message.find(cgroup().path()), std::string::npos) << outcome;
+  }
+  EXPECT_TRUE(connect4_programs(other).empty());
+  EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one"));
+  remove_all_of_ours();
+}
+
+TEST_F(Pin, StateOfAnotherLayoutIsRefusedServesOnAndCanBeRemoved) {
   const NamedServer server("server");
-  pin_from_another_process(toml({{"web", "10.96.0.1", 80, {backend(server)}}}));
-  meta_record meta{};
-  const Fd map = pinned_map(pin(), "Meta_Map");
-  const std::uint32_t first = 0;
-  bpf_attr attr{};
-  attr.map_fd = static_cast<std::uint32_t>(map.get());
-  attr.key = reinterpret_cast<std::uint64_t>(&first);
-  attr.value = reinterpret_cast<std::uint64_t>(&meta);
-  ASSERT_EQ(bpf(BPF_MAP_LOOKUP_ELEM, attr), 0);
-  ASSERT_EQ(meta.magic, std::uint32_t{LAYOUT_MAGIC});
-  const auto write_version = [&](std::uint32_t version) {
-    meta.version = version;
-    return bpf(BPF_MAP_UPDATE_ELEM, attr);
-  };
-  ASSERT_EQ(write_version(LAYOUT_VERSION + 1), 0);
-  const Outcome outcome = open_outcome(plugin(), pinned());
+  const std::string text = toml({{"web", "10.96.0.1", 80, {backend(server)}}});
+  pin_from_another_process(text);
+  {
+    const Fd map = pinned_map(pin(), "Meta_Map");
+    meta_record meta{};
+    const std::uint32_t first = 0;
+    bpf_attr attr{};
+    attr.map_fd = static_cast<std::uint32_t>(map.get());
+    attr.key = reinterpret_cast<std::uint64_t>(&first);
+    attr.value = reinterpret_cast<std::uint64_t>(&meta);
+    ASSERT_EQ(bpf(BPF_MAP_LOOKUP_ELEM, attr), 0);
+    ASSERT_EQ(meta.version, std::uint32_t{LAYOUT_VERSION});
+    ++meta.version;
+    ASSERT_EQ(bpf(BPF_MAP_UPDATE_ELEM, attr), 0);
+  }
+  Handle handle(plugin(), pinned());
+  const Outcome outcome = handle.load(text);
   EXPECT_LT(outcome.code, 0);
   EXPECT_NE(outcome.message.find("version"), std::string::npos) << outcome;
+  EXPECT_THROW(handle.visit(), std::runtime_error);
   EXPECT_EQ(ask("10.96.0.1", 80), answered_by("server"));
-  ASSERT_EQ(write_version(LAYOUT_VERSION), 0);
-  remove_all_of_ours();
+  EXPECT_TRUE(ok(handle.detach()));
+  EXPECT_TRUE(connect4_programs(cgroup()).empty());
+  EXPECT_FALSE(std::filesystem::exists(pin()));
 }
 
 }  // namespace
