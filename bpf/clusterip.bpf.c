@@ -22,9 +22,13 @@
 // only connects to services that are being removed and added back come here, and one more look is nearly always enough.
 #define LOOKUPS 4
 
-// Test builds define it as a delay, to widen the windows in which a wrong publication protocol would be seen.
+// The torture test builds this program again with a delay where a wrong publication protocol would be seen, and with a
+// look-up by a wrong protocol.
 #ifndef WIDEN_WINDOW
 #define WIDEN_WINDOW()
+#endif
+#ifndef LOOK_UP
+#define LOOK_UP look_up
 #endif
 
 // Set by the loader before the program is verified. Branches on them are resolved by the verifier, so that a kernel never
@@ -36,8 +40,7 @@ const volatile __u32 stats_backends = 0; // index of backend 0 within a shard
 
 // max_entries of 1 stands for "set by the loader", which sizes them from the configuration.
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC); // memory for the services there are, not for those there could be
+	__uint(type, BPF_MAP_TYPE_HASH); // preallocated: an insert fails only when the map is full
 	__uint(max_entries, 1);
 	__type(key, struct service_key);
 	__type(value, __u32);
@@ -148,7 +151,7 @@ static __always_inline enum verdict find_service(const struct service_key *key, 
 #pragma clang loop unroll(full)
 	for (int i = 0; i < LOOKUPS; i++) {
 		if (verdict == CONTENDED)
-			verdict = look_up(key, service);
+			verdict = LOOK_UP(key, service);
 	}
 	return verdict;
 }

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "config/names.h"
 #include "config/read_config.h"
 #include "plugin/bpf_engine.h"
 #include "plugin/probe.h"
@@ -92,32 +93,6 @@ Result<int> zero(Result<void> result) {
   return 0;
 }
 
-const char* name_of(config::Policy policy) {
-  switch (policy) {
-    case config::Policy::random:
-      return "random";
-    case config::Policy::round_robin:
-      return "round_robin";
-    case config::Policy::least_conn:
-      return "least_conn";
-    case config::Policy::maglev:
-      return "maglev";
-  }
-  return "";
-}
-
-const char* name_of(config::NoBackend no_backend) {
-  switch (no_backend) {
-    case config::NoBackend::refuse:
-      return "refuse";
-    case config::NoBackend::unreachable:
-      return "unreachable";
-    case config::NoBackend::pass:
-      return "pass";
-  }
-  return "";
-}
-
 std::uint32_t state_of(const config::Backend& backend) {
   return backend.state == config::BackendState::drain ? CLUSTERIP_DRAIN : CLUSTERIP_ACTIVE;
 }
@@ -132,7 +107,7 @@ Result<int> load(plugin::BpfEngine& engine, std::string_view text, std::string_v
                                  .line = first.position.line,
                                  .column = first.position.column});
   }
-  return zero(engine.load(*config));
+  return zero(engine.load(std::move(*config)));
 }
 
 /// The element `index` of an array whose elements may be larger than ours.
@@ -209,8 +184,8 @@ int visit_one(const plugin::ServiceStatus& status, clusterip_service_visitor vis
   info.size = sizeof info;
   info.name = service.name.c_str();
   info.vip = vip.c_str();
-  info.policy = name_of(service.policy);
-  info.no_backend = name_of(service.no_backend);
+  info.policy = config::name_of(config::policy_names, service.policy).data();  // literals: NUL-terminated
+  info.no_backend = config::name_of(config::no_backend_names, service.no_backend).data();
   info.reason = "";
   info.connects = status.total.connects;
   info.refused = status.total.refused;

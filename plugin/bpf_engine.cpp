@@ -152,7 +152,7 @@ Result<void> BpfEngine::become_writer() {
   return {};
 }
 
-Result<std::unique_ptr<BpfEngine::State>> BpfEngine::fresh_state(std::span<const config::Service> services) {
+Result<std::unique_ptr<BpfEngine::State>> BpfEngine::fresh_state(std::span<config::Service> services) {
   auto maps = Maps::create(Capacity::for_services(services.size(), count_backends(services)));
   if (!maps) {
     return std::unexpected(maps.error());
@@ -169,7 +169,7 @@ Result<std::unique_ptr<BpfEngine::State>> BpfEngine::fresh_state(std::span<const
   return state;
 }
 
-Result<void> BpfEngine::publish(std::span<const config::Service> services) {
+Result<void> BpfEngine::publish(std::span<config::Service> services) {
   if (state_) {
     const Capacity& capacity = state_->maps.capacity();
     if (services.size() <= capacity.services && count_backends(services) <= capacity.backends) {
@@ -201,7 +201,7 @@ Result<void> BpfEngine::adopt_replacement(std::unique_ptr<State> next) {
   return {};
 }
 
-Result<void> BpfEngine::load(const config::Config& config) {
+Result<void> BpfEngine::load(config::Config config) {
   if (options_.cgroup.empty()) {
     options_.cgroup = config.engine.cgroup;
   }
@@ -214,9 +214,8 @@ Result<void> BpfEngine::load(const config::Config& config) {
   if (auto writer = become_writer(); !writer) {
     return writer;
   }
-  std::vector<config::Service> services = config.services;
-  services.push_back(canary_service());
-  if (auto published = publish(services); !published) {
+  config.services.push_back(canary_service());
+  if (auto published = publish(config.services); !published) {
     return published;
   }
   limits_ = config.limits;
@@ -277,7 +276,7 @@ Result<void> BpfEngine::attach() {
     return writer;
   }
   if (!state_) {
-    const config::Service canary[] = {canary_service()};
+    config::Service canary[] = {canary_service()};
     auto state = fresh_state(canary);
     if (!state) {
       return std::unexpected(state.error());

@@ -53,7 +53,7 @@ class BpfEngine {
   BpfEngine(const BpfEngine&) = delete;
   BpfEngine& operator=(const BpfEngine&) = delete;
 
-  Result<void> load(const config::Config& config);
+  Result<void> load(config::Config config);
   Result<void> set_backends(std::string_view service, std::vector<config::Backend> backends);
   Result<void> attach();
   Result<void> detach();
@@ -74,8 +74,8 @@ class BpfEngine {
 
   Result<void> open_paths();
   Result<void> become_writer();
-  Result<std::unique_ptr<State>> fresh_state(std::span<const config::Service> services);
-  Result<void> publish(std::span<const config::Service> services);
+  Result<std::unique_ptr<State>> fresh_state(std::span<config::Service> services);
+  Result<void> publish(std::span<config::Service> services);
   Result<void> make_live(State& next);
   Result<void> adopt_replacement(std::unique_ptr<State> next);
   void note_limits() const;

@@ -12,7 +12,6 @@ namespace plugin {
 
 Result<GracePeriod> GracePeriod::create() {
   GracePeriod grace;
-#ifndef CLUSTERIP_FAULT_NO_GRACE_PERIOD
   const long commands = syscall(SYS_membarrier, MEMBARRIER_CMD_QUERY, 0, 0);
   if (commands > 0 && (commands & MEMBARRIER_CMD_GLOBAL)) {
     return grace;
@@ -30,12 +29,10 @@ Result<GracePeriod> GracePeriod::create() {
   if (!grace.outer_) {
     return fail_errno(errno, "creating a map of maps to wait with");
   }
-#endif
   return grace;
 }
 
 Result<void> GracePeriod::wait() const {
-#ifndef CLUSTERIP_FAULT_NO_GRACE_PERIOD
   if (!outer_) {
     if (syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) != 0) {
       return fail_errno(errno, "membarrier, to wait for running programs");
@@ -47,8 +44,9 @@ Result<void> GracePeriod::wait() const {
   if (bpf_map_update_elem(outer_.get(), &index, &value, BPF_ANY) != 0) {
     return fail_errno(errno, "updating a map of maps, to wait for running programs");
   }
-#endif
   return {};
 }
+
+bool GracePeriod::is_worth_it(std::uint64_t retired, std::uint64_t capacity) { return retired > capacity / 2; }
 
 }  // namespace plugin

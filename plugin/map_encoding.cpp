@@ -35,7 +35,17 @@ bool is_active(const config::Backend& backend) { return backend.state == config:
 bool Key::operator==(const Key& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }
 
 std::size_t KeyHash::operator()(const Key& key) const {
-  return std::hash<std::string_view>{}({reinterpret_cast<const char*>(&key), sizeof key});
+  std::uint64_t words[2];
+  std::uint32_t rest = 0;
+  static_assert(sizeof words + sizeof rest == sizeof key);
+  const auto* bytes = reinterpret_cast<const char*>(&key);
+  std::memcpy(words, bytes, sizeof words);
+  std::memcpy(&rest, bytes + sizeof words, sizeof rest);
+  // Keys are few per bucket and not chosen by an attacker: the operator writes them. Multiply and fold (Fibonacci
+  // hashing) is enough.
+  std::uint64_t hash = (words[0] ^ rest) * 0x9e3779b97f4a7c15u;
+  hash = (hash ^ (hash >> 32) ^ words[1]) * 0xbf58476d1ce4e5b9u;
+  return hash ^ (hash >> 29);
 }
 
 Key encode_key(const config::Address& vip, std::uint16_t port, config::Protocol protocol) {

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <span>
 #include <string_view>
 
@@ -19,6 +18,7 @@ struct Key : service_key {
 };
 
 struct KeyHash {
+  using is_avalanching = void;  // Boost.Unordered need not mix it again
   std::size_t operator()(const Key& key) const;
 };
 

@@ -23,7 +23,8 @@ class IndexPool {
   void give_back(std::uint32_t index) { free_.push_back(index); }  // nobody has seen it
   void retire(std::uint32_t index) { retired_.push_back(index); }
   void reclaim();
-  bool mostly_retired() const { return retired_.size() > capacity_ / 2; }
+  std::uint64_t retired() const { return retired_.size(); }
+  std::uint64_t capacity() const { return capacity_; }
 
  private:
   std::uint32_t capacity_;
@@ -43,7 +44,8 @@ class ExtentPool {
   void give_back(std::uint32_t offset, std::uint32_t size);
   void retire(std::uint32_t offset, std::uint32_t size);
   void reclaim();
-  bool mostly_retired() const { return retired_size_ > capacity_ / 2; }
+  std::uint64_t retired() const { return retired_size_; }
+  std::uint64_t capacity() const { return capacity_; }
 
  private:
   void add(std::uint32_t offset, std::uint32_t size);

@@ -3,9 +3,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <boost/unordered/unordered_flat_set.hpp>
 #include <cerrno>
-#include <cstring>
-#include <unordered_set>
+#include <map>
+#include <unordered_map>
 #include <utility>
 
 #include "plugin/publication.h"
@@ -36,13 +37,6 @@ bool same_backend(const config::Backend& a, const config::Backend& b) {
 bool same_service(const config::Service& a, const config::Service& b) {
   return a.name == b.name && a.no_backend == b.no_backend && std::ranges::equal(a.backends, b.backends, same_backend);
 }
-
-struct EndpointHash {
-  std::size_t operator()(const std::pair<config::Address, std::uint16_t>& endpoint) const {
-    return std::hash<config::Address>{}(endpoint.first) ^ (std::size_t{endpoint.second} * 0x9e3779b97f4a7c15u);
-  }
-};
-using EndpointIndex = std::unordered_map<std::pair<config::Address, std::uint16_t>, std::uint32_t, EndpointHash>;
 
 std::vector<PublishedService> read_once(const Maps& maps) {
   const auto records = maps.records();
@@ -113,7 +107,8 @@ Publisher::Publisher(Maps& maps, GracePeriod grace, IndexPool records, IndexPool
       grace_(std::move(grace)),
       records_(std::move(records)),
       backends_(std::move(backends)),
-      blocks_(std::move(blocks)) {}
+      blocks_(std::move(blocks)),
+      published_(maps.capacity().records()) {}
 
 Result<Publisher> Publisher::create(Maps& maps) {
   auto grace = GracePeriod::create();
@@ -191,11 +186,7 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
                       IndexPool(capacity.backend_records(), backends), std::move(blocks));
   publisher.unused_keys_ = std::move(unused);
   for (auto& published : services) {
-    const Key key = encode_key(published.service);
-    ++publisher.vips_[marker_of(key)];
-    publisher.backend_count_ += published.backends.size();
-    publisher.by_name_.emplace(published.service.name, key);
-    publisher.services_.emplace(key, std::move(published));
+    publisher.enter(std::move(published));
   }
   for (const Key& marker : markers) {
     if (!publisher.vips_.contains(marker)) {
@@ -217,44 +208,61 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
   return publisher;
 }
 
+const PublishedService* Publisher::find_published(const Key& key) const {
+  const auto found = by_key_.find(key);
+  return found == by_key_.end() ? nullptr : &published_[found->second];
+}
+
 const config::Service* Publisher::find(const Key& key) const {
-  const auto found = services_.find(key);
-  return found == services_.end() ? nullptr : &found->second.service;
+  const auto* published = find_published(key);
+  return published == nullptr ? nullptr : &published->service;
 }
 
 const config::Service* Publisher::find(std::string_view name) const {
   const auto found = by_name_.find(std::string(name));
-  return found == by_name_.end() ? nullptr : find(found->second);
+  return found == by_name_.end() ? nullptr : &published_[found->second].service;
 }
 
 std::vector<config::Service> Publisher::services() const {
   std::vector<config::Service> services;
-  services.reserve(services_.size());
-  for (const auto& [key, published] : services_) {
-    services.push_back(published.service);
+  services.reserve(by_key_.size());
+  for (const auto& [key, record] : by_key_) {
+    services.push_back(published_[record].service);
   }
   return services;
 }
 
-Result<void> Publisher::apply(std::span<const config::Service> services) {
-  std::vector<config::Service> changed;
-  std::unordered_set<Key, KeyHash> wanted;
-  wanted.reserve(services.size());
-  for (const auto& service : services) {
-    const Key key = encode_key(service);
-    wanted.insert(key);
-    const config::Service* published = find(key);
-    if (published == nullptr || !same_service(*published, service)) {
-      changed.push_back(service);
+/// Enters a service into the indices.
+void Publisher::enter(PublishedService published) {
+  const Key key = encode_key(published.service);
+  const std::uint32_t record = published.record;
+  if (by_key_.emplace(key, record).second) {
+    ++vips_[marker_of(key)];
+  }
+  by_name_.insert_or_assign(published.service.name, record);
+  backend_count_ += published.backends.size();
+  published_[record] = std::move(published);
+}
+
+Result<void> Publisher::apply(std::span<config::Service> services) {
+  std::vector<config::Service*> changed;
+  std::vector<bool> stays(published_.size());
+  for (auto& service : services) {
+    const PublishedService* published = find_published(encode_key(service));
+    if (published != nullptr) {
+      stays[published->record] = true;
+    }
+    if (published == nullptr || !same_service(published->service, service)) {
+      changed.push_back(&service);
     }
   }
-  std::vector<Key> removed;
-  for (const auto& [key, published] : services_) {
-    if (!wanted.contains(key)) {
-      removed.push_back(key);
+  std::vector<std::uint32_t> removed;
+  for (const auto& [key, record] : by_key_) {
+    if (!stays[record]) {
+      removed.push_back(record);
     }
   }
-  return publish(std::move(changed), std::move(removed));
+  return publish(changed, removed);
 }
 
 Result<void> Publisher::set_backends(std::string_view name, std::vector<config::Backend> backends) {
@@ -262,27 +270,25 @@ Result<void> Publisher::set_backends(std::string_view name, std::vector<config::
   if (service == nullptr) {
     return fail(-ENOENT, "there is no service \"" + std::string(name) + "\"");
   }
-  config::Service changed = *service;
-  changed.backends = std::move(backends);
-  if (same_service(*service, changed)) {
+  if (std::ranges::equal(service->backends, backends, same_backend)) {
     return {};
   }
-  std::vector<config::Service> one;
-  one.push_back(std::move(changed));
-  return publish(std::move(one), {});
+  config::Service changed = *service;
+  changed.backends = std::move(backends);
+  config::Service* const one[] = {&changed};
+  return publish(one, {});
 }
 
-Result<void> Publisher::publish(std::vector<config::Service> changed, std::vector<Key> removed) {
+Result<void> Publisher::publish(std::span<config::Service* const> changed, std::span<const std::uint32_t> removed) {
   const Change change(*maps_);
   erase_unused_keys();  // those that an earlier change could not delete
 
   // 1. Write everything that is new beside what is published. Nobody sees it.
   std::vector<Staged> staged;
   staged.reserve(changed.size());
-  const auto undo = [&] { std::ranges::for_each(staged, [this](const Staged& one) { unstage(one); }); };
-  for (auto& service : changed) {
-    const auto found = services_.find(encode_key(service));
-    auto one = stage(std::move(service), found == services_.end() ? nullptr : &found->second);
+  const auto undo = [&] { std::ranges::for_each(staged, [this](Staged& one) { unstage(one); }); };
+  for (config::Service* service : changed) {
+    auto one = stage(*service);
     if (!one) {
       undo();
       return std::unexpected(one.error());
@@ -300,8 +306,8 @@ Result<void> Publisher::publish(std::vector<config::Service> changed, std::vecto
   for (Staged& one : staged) {
     commit(one);
   }
-  for (const Key& key : removed) {
-    remove(key);
+  for (const std::uint32_t record : removed) {
+    remove(record);
   }
 
   // 4. Only now delete keys. Failing here leaves keys that mean nothing; the next change tries again.
@@ -312,15 +318,17 @@ Result<void> Publisher::publish(std::vector<config::Service> changed, std::vecto
   return {};
 }
 
-Result<Publisher::Staged> Publisher::stage(config::Service service, PublishedService* previous) {
-  Staged staged{.next = {.service = std::move(service), .record = 0, .block = {}, .backends = {}},
-                .previous = previous,
+Result<Publisher::Staged> Publisher::stage(config::Service& service) {
+  const PublishedService* previous = find_published(encode_key(service));
+  Staged staged{.source = &service,
+                .next = {.service = std::move(service), .record = 0, .block = {}, .backends = {}},
+                .is_new = previous == nullptr,
                 .fresh = {},
                 .leaving = {}};
   auto& next = staged.next;
-  const auto failed = [&](Error error) {
+  const auto failed = [&](const Error& error) {
     unstage(staged);
-    return std::unexpected(std::move(error));
+    return std::unexpected(error);
   };
 
   if (previous != nullptr) {
@@ -328,6 +336,7 @@ Result<Publisher::Staged> Publisher::stage(config::Service service, PublishedSer
   } else {
     auto record = take(records_);
     if (!record) {
+      service = std::move(next.service);
       return std::unexpected(record.error());
     }
     next.record = *record;
@@ -337,7 +346,7 @@ Result<Publisher::Staged> Publisher::stage(config::Service service, PublishedSer
   }
 
   // A backend that stays keeps its index, and with it its counters.
-  EndpointIndex before;
+  std::map<std::pair<config::Address, std::uint16_t>, std::uint32_t> before;
   if (previous != nullptr) {
     for (std::size_t i = 0; i < previous->backends.size(); ++i) {
       const auto& backend = previous->service.backends[i];
@@ -374,7 +383,7 @@ Result<Publisher::Staged> Publisher::stage(config::Service service, PublishedSer
   return staged;
 }
 
-void Publisher::unstage(const Staged& staged) {
+void Publisher::unstage(Staged& staged) {
   for (const std::uint32_t index : staged.fresh) {
     maps_->backends()[index].state = BACKEND_UNUSED;
     backends_.give_back(index);
@@ -382,17 +391,18 @@ void Publisher::unstage(const Staged& staged) {
   if (staged.next.block.header != 0) {
     blocks_.give_back(staged.next.block.header, staged.next.block.size());
   }
-  if (staged.previous == nullptr) {
+  if (staged.is_new) {
     records_.give_back(staged.next.record);
   }
+  *staged.source = std::move(staged.next.service);
 }
 
 Result<void> Publisher::insert_new_keys(const std::vector<Staged>& staged) {
   std::vector<Key> keys;
   std::vector<std::uint32_t> values;
-  std::unordered_set<Key, KeyHash> markers;
+  boost::unordered_flat_set<Key, KeyHash> markers;
   for (const Staged& one : staged) {
-    if (one.previous != nullptr) {
+    if (!one.is_new) {
       continue;
     }
     const Key key = encode_key(one.next.service);
@@ -408,41 +418,32 @@ Result<void> Publisher::insert_new_keys(const std::vector<Staged>& staged) {
 }
 
 void Publisher::commit(Staged& staged) {
-  const Key key = encode_key(staged.next.service);
   auto& next = staged.next;
-  plugin::publish(*maps_, key, next.record, next.block);
+  plugin::publish(*maps_, encode_key(next.service), next.record, next.block);
 
-  // What only people read: names, weights, states.
-  if (staged.previous != nullptr) {
+  if (!staged.is_new) {
+    // What only people read: names, weights, states.
     encode_name(next.service.name, maps_->records()[next.record]);
     for (std::size_t i = 0; i < next.backends.size(); ++i) {
-      auto& record = maps_->backends()[next.backends[i]];
-      record.weight = next.service.backends[i].weight;
-      record.state = next.service.backends[i].state == config::BackendState::drain ? BACKEND_DRAIN : BACKEND_ACTIVE;
+      maps_->backends()[next.backends[i]] = encode_backend(next.service.backends[i], next.record);
     }
-    blocks_.retire(staged.previous->block.header, staged.previous->block.size());
+    const PublishedService& previous = published_[next.record];
+    blocks_.retire(previous.block.header, previous.block.size());
     for (const std::uint32_t index : staged.leaving) {
       maps_->backends()[index].state = BACKEND_UNUSED;
       backends_.retire(index);
     }
-    backend_count_ -= staged.previous->backends.size();
-    const auto name = by_name_.find(staged.previous->service.name);
-    if (name != by_name_.end() && name->second == key) {
-      by_name_.erase(name);
-    }
-  } else {
-    ++vips_[marker_of(key)];
+    backend_count_ -= previous.backends.size();
+    forget_name(previous.service.name, next.record);
   }
-  backend_count_ += next.backends.size();
-  by_name_.insert_or_assign(next.service.name, key);
-  services_.insert_or_assign(key, std::move(next));
+  enter(std::move(next));
 }
 
-void Publisher::remove(const Key& key) {
-  const auto found = services_.find(key);
-  const PublishedService& published = found->second;
-  withdraw(*maps_, key, published.record);
-  unused_keys_.emplace_back(key, published.record);
+void Publisher::remove(std::uint32_t record) {
+  const PublishedService published = std::exchange(published_[record], {});
+  const Key key = encode_key(published.service);
+  withdraw(*maps_, key, record);
+  unused_keys_.emplace_back(key, record);
   blocks_.retire(published.block.header, published.block.size());
   for (const std::uint32_t index : published.backends) {
     maps_->backends()[index].state = BACKEND_UNUSED;
@@ -454,17 +455,22 @@ void Publisher::remove(const Key& key) {
     vips_.erase(marker);
     unused_keys_.emplace_back(marker, MARKER_RECORD);
   }
-  const auto name = by_name_.find(published.service.name);
-  if (name != by_name_.end() && name->second == key) {
-    by_name_.erase(name);
+  by_key_.erase(key);
+  forget_name(published.service.name, record);
+}
+
+/// Unless another service has taken the name in the same change.
+void Publisher::forget_name(const std::string& name, std::uint32_t record) {
+  const auto found = by_name_.find(name);
+  if (found != by_name_.end() && found->second == record) {
+    by_name_.erase(found);
   }
-  services_.erase(found);
 }
 
 void Publisher::erase_unused_keys() {
   std::erase_if(unused_keys_, [this](const std::pair<Key, std::uint32_t>& unused) {
     const auto& [key, record] = unused;
-    const bool in_use_again = is_marker(key) ? vips_.contains(key) : services_.contains(key);
+    const bool in_use_again = is_marker(key) ? vips_.contains(key) : by_key_.contains(key);
     if (!in_use_again && !maps_->erase_key(key)) {
       return false;
     }
@@ -502,7 +508,8 @@ Result<void> Publisher::reclaim() {
 
 void Publisher::reclaim_if_worthwhile() {
   // After the publication, so that it does not wait; a failure shows again where room is needed.
-  if (records_.mostly_retired() || backends_.mostly_retired() || blocks_.mostly_retired()) {
+  const auto worth = [](const auto& pool) { return GracePeriod::is_worth_it(pool.retired(), pool.capacity()); };
+  if (worth(records_) || worth(backends_) || worth(blocks_)) {
     (void)reclaim();
   }
 }

@@ -4,11 +4,12 @@
 // explains the order of the steps; the torture test in tests/torture shows what happens without it.
 #pragma once
 
+#include <boost/unordered/unordered_flat_map.hpp>
 #include <cstdint>
 #include <span>
 #include <string>
 #include <string_view>
-#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "config/config.h"
@@ -41,9 +42,9 @@ class Publisher {
   /// For maps that another process has written and left. -EPROTO: what they hold is damaged.
   static Result<Publisher> adopt(Maps& maps);
 
-  /// Makes `services` what is published: all of them or, on failure, none. -ENOSPC: the maps have no room, or none in
-  /// one piece; new maps of the same capacity may have.
-  Result<void> apply(std::span<const config::Service> services);
+  /// Makes `services` what is published: all of them or, on failure, none. Moves from them on success; after a failure
+  /// they are as they were. -ENOSPC: the maps have no room, or none in one piece; new maps of that size may have.
+  Result<void> apply(std::span<config::Service> services);
 
   /// Replaces the backends of one service, at a cost that depends on this service only. -ENOENT: no such service.
   Result<void> set_backends(std::string_view service, std::vector<config::Backend> backends);
@@ -51,32 +52,36 @@ class Publisher {
   const config::Service* find(std::string_view name) const;
   const config::Service* find(const Key& key) const;
   std::vector<config::Service> services() const;
-  std::size_t service_count() const { return services_.size(); }
   std::size_t backend_count() const { return backend_count_; }
 
  private:
   /// A service that is written beside what is published, ready to be published.
   struct Staged {
+    config::Service* source = nullptr;  // where next.service came from
     PublishedService next;
-    PublishedService* previous = nullptr;  // null: the service is new
-    std::vector<std::uint32_t> fresh;      // those of next.backends that were taken for it
-    std::vector<std::uint32_t> leaving;    // backend indices that only `previous` has
+    bool is_new = false;
+    std::vector<std::uint32_t> fresh;    // those of next.backends that were taken for it
+    std::vector<std::uint32_t> leaving;  // backend indices that only the published one has
   };
 
   Publisher(Maps& maps, GracePeriod grace, IndexPool records, IndexPool backends, ExtentPool blocks);
 
-  Result<void> publish(std::vector<config::Service> changed, std::vector<Key> removed);
-  Result<Staged> stage(config::Service service, PublishedService* previous);
-  void unstage(const Staged& staged);
+  Result<void> publish(std::span<config::Service* const> changed, std::span<const std::uint32_t> removed);
+  Result<Staged> stage(config::Service& service);
+  void unstage(Staged& staged);
   void commit(Staged& staged);
-  void remove(const Key& key);
+  void remove(std::uint32_t record);
   Result<void> insert_new_keys(const std::vector<Staged>& staged);
   void erase_unused_keys();
+  void enter(PublishedService published);
+  void forget_name(const std::string& name, std::uint32_t record);
   void reclaim_if_worthwhile();
 
   template <class Pool, class... Size>
   Result<std::uint32_t> take(Pool& pool, Size... size);
   Result<void> reclaim();
+
+  const PublishedService* find_published(const Key& key) const;
 
   // A pointer, so that a Publisher can be moved; the maps outlive it.
   Maps* maps_;
@@ -84,9 +89,10 @@ class Publisher {
   IndexPool records_;
   IndexPool backends_;
   ExtentPool blocks_;
-  std::unordered_map<Key, PublishedService, KeyHash> services_;
-  std::unordered_map<std::string, Key> by_name_;
-  std::unordered_map<Key, std::uint32_t, KeyHash> vips_;  // marker -> services with this address
+  std::vector<PublishedService> published_;  // by record index
+  boost::unordered_flat_map<Key, std::uint32_t, KeyHash> by_key_;
+  boost::unordered_flat_map<std::string, std::uint32_t> by_name_;
+  boost::unordered_flat_map<Key, std::uint32_t, KeyHash> vips_;  // marker -> services with this address
   // Keys of Service_Map that stand for nothing any more, and the record that becomes free with each.
   std::vector<std::pair<Key, std::uint32_t>> unused_keys_;
   std::size_t backend_count_ = 0;
