@@ -42,7 +42,6 @@ TEST_F(Crash, KilledWhilePublishingServesOnAndIsRepaired) {
                                   {"extra", "10.96.0.3", 80, {backend(one)}},
                                   {"more", "10.96.0.4", 80, {backend(two)}}},
                                  {8, 16});
-  const std::string resized = toml({kept, {"web", "10.96.0.2", 80, {backend(one)}}}, {16, 32});
   ASSERT_EQ(in_child([&] { const Handle handle = serve(small, pinned()); }), "");
 
   Asker asker("10.96.0.1", 80);
@@ -57,7 +56,7 @@ TEST_F(Crash, KilledWhilePublishingServesOnAndIsRepaired) {
             require_ok(handle->set_backends("web", {backend(i % 2 == 0 ? one : two)}));
             parent.tell('s');
           }
-          require_ok(handle->load(round % 2 == 0 ? small : resized));
+          require_ok(handle->load(small));
           parent.tell('l');
         },
         round * 5 + 1, std::chrono::microseconds(round * 431));
@@ -81,6 +80,45 @@ TEST_F(Crash, KilledWhilePublishingServesOnAndIsRepaired) {
   EXPECT_EQ(answers.size(), 1u) << testing::PrintToString(answers);
   EXPECT_TRUE(answers.contains("stable")) << testing::PrintToString(answers);
   EXPECT_TRUE(ok(Handle(plugin(), pinned()).detach()));
+}
+
+TEST_F(Crash, KilledWhileReplacingTheMapsServesOnAndIsRepaired) {
+  const NamedServer stable("stable", "127.0.0.1"), other("other", "127.0.0.2");
+  const auto text = [&](std::uint32_t count) {
+    std::vector<Service> services = more_services(count, backend(other));
+    services.push_back({"stable", "10.96.0.1", 80, {backend(stable)}});
+    return toml(services, {20'000, 20'000});
+  };
+  constexpr std::uint32_t steps = 7, per_step = 8;
+  for (std::uint32_t cycle = 0; cycle < per_step; ++cycle) {
+    ASSERT_EQ(in_child([&] { const Handle handle = serve(text(1), pinned()); }), "");
+    Asker asker("10.96.0.1", 80);
+    for (std::uint32_t step = 0; step < steps; ++step) {
+      const std::string larger = text(70u << step);  // outgrows what the step before made
+      kill_during(
+          [&](const Channel& parent) {
+            Handle handle(plugin(), pinned());
+            parent.tell('b');
+            require_ok(handle.load(larger));
+            parent.tell('a');
+          },
+          1, std::chrono::microseconds((step * per_step + cycle) * 149));
+      EXPECT_EQ(ask("10.96.0.1", 80), answered_by("stable"));
+      Handle adopter(plugin(), pinned());
+      const auto seen = adopter.visit();
+      EXPECT_EQ(std::ranges::count(seen, "stable", &SeenService::name), 1);
+      ASSERT_TRUE(ok(adopter.load(larger)));
+      EXPECT_EQ(ask("10.98.0.70", 80), answered_by("other"));
+      EXPECT_EQ(connect4_programs(cgroup()).size(), 1u);
+    }
+    asker.wait_for(5);
+    const auto answers = asker.stop();
+    EXPECT_EQ(answers.size(), 1u) << testing::PrintToString(answers);
+    EXPECT_TRUE(answers.contains("stable")) << testing::PrintToString(answers);
+    const BpfObjects ours = objects_of(cgroup());
+    ASSERT_TRUE(ok(Handle(plugin(), pinned()).detach()));
+    EXPECT_TRUE(eventually([&] { return still_there(ours) == 0; }));
+  }
 }
 
 TEST_F(Crash, RoomIsNotLostToKilledProcesses) {

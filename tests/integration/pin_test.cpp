@@ -2,10 +2,12 @@
 //
 // The fast path outlives the process that made it.
 #include <fmt/format.h>
+#include <poll.h>
 
 #include <algorithm>
 #include <filesystem>
 #include <memory>
+#include <set>
 
 #include "bpf/map_layout.h"
 #include "tests/support/fixture.h"
@@ -115,11 +117,10 @@ TEST_F(Pin, BadInputOnAdoptedStateChangesNothing) {
 TEST_F(Pin, ReloadsByOtherProcessesHaveNoGap) {
   const NamedServer one("one", "127.0.0.1"), two("two", "127.0.0.2"), other("other", "127.0.0.3");
   const auto text = [&](int round) {
-    std::vector<Service> services = {{"web", "10.96.0.1", 80, {backend(round % 2 == 0 ? one : two)}}};
-    for (int i = 0; i < round; ++i)
-      services.push_back({fmt::format("other-{}", i), fmt::format("10.96.1.{}", i + 1), 80, {backend(other)}});
-    // Every third time with limits of another size, which needs other maps.
-    return toml(services, {64u << round / 3, 64});
+    // Every third time so many more that the maps are outgrown.
+    std::vector<Service> services = more_services(65u << round / 3, backend(other));
+    services.push_back({"web", "10.96.0.1", 80, {backend(round % 2 == 0 ? one : two)}});
+    return toml(services, {2'000, 2'000});
   };
   pin_from_another_process(text(0));
   Asker first("10.96.0.1", 80), second("10.96.0.1", 80);
@@ -134,6 +135,35 @@ TEST_F(Pin, ReloadsByOtherProcessesHaveNoGap) {
     EXPECT_EQ(answers.size(), 2u) << testing::PrintToString(answers);
     EXPECT_TRUE(answers.contains("one") && answers.contains("two")) << testing::PrintToString(answers);
   }
+  remove_all_of_ours();
+}
+
+TEST_F(Pin, LooksDuringReplacementsSeeOneConfigurationOrTheOther) {
+  const NamedServer one("one");
+  const auto text = [&](std::uint32_t count) { return toml(more_services(count, backend(one)), {20'000, 20'000}); };
+  pin_from_another_process(text(10));
+  Child changer([&](const Channel& parent) {
+    Handle handle(plugin(), pinned());
+    for (std::uint32_t count = 70; count < 10'000; count *= 2) {  // each outgrows the maps
+      require_ok(handle.load(text(count)));
+      require_ok(handle.load(text(10)));
+    }
+    parent.tell('e');
+  });
+  int looks = 0;
+  std::set<std::size_t> seen;
+  pollfd ended{changer.channel().get(), POLLIN, 0};
+  for (; ::poll(&ended, 1, 0) == 0; ++looks) {
+    Handle handle(plugin(), pinned());
+    seen.insert(handle.visit().size());
+    clusterip_resolution resolution;
+    ASSERT_TRUE(ok(handle.resolve("10.98.0.1", 80, resolution)));
+    ASSERT_EQ(resolution.verdict, CLUSTERIP_VERDICT_REWRITTEN);
+    ASSERT_STREQ(resolution.service, "more-0");
+  }
+  EXPECT_EQ(changer.wait(), "");
+  EXPECT_GT(looks, 10);
+  for (const std::size_t count : seen) EXPECT_TRUE(count == 10 || count % 70 == 0) << count;
   remove_all_of_ours();
 }
 

@@ -187,9 +187,11 @@ TEST_F(Refusal, WithoutLinksItAttachesTheOlderWay) {
   EXPECT_EQ(without_links([&] { const Handle handle = serve(text(two), pinned()); }), "");
   EXPECT_EQ(ask("10.96.0.1", 80), answered_by("two"));
   EXPECT_EQ(connect4_programs(cgroup()).size(), 2u);
-  // Now with other limits, which needs another program, and from a process that could have links.
+  // Now with so many services that it takes another program, and from a process that could have links.
   {
-    const Handle handle = serve(toml({{"web", "10.96.0.1", 80, {backend(one)}}}, {64, 64}), pinned());
+    std::vector<Service> services = more_services(200, backend(two));
+    services.push_back({"web", "10.96.0.1", 80, {backend(one)}});
+    const Handle handle = serve(toml(services), pinned());
   }
   EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one"));
   EXPECT_EQ(connect4_programs(cgroup()).size(), 2u);

@@ -3,6 +3,8 @@
 // Changes of what serves: all of them, or none.
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <iterator>
 #include <set>
 
 #include "tests/support/fixture.h"
@@ -13,14 +15,8 @@ using namespace support;
 
 using Answers = std::map<std::string, std::uint64_t>;
 
-/// "10.97.x.y" for service number `i`.
-std::string vip_of(int i) { return fmt::format("10.97.{}.{}", i / 250, i % 250 + 1); }
-
-std::vector<Service> many_services(int count, const NamedServer& server) {
-  std::vector<Service> services;
-  for (int i = 0; i < count; ++i) services.push_back({fmt::format("service-{}", i), vip_of(i), 80, {backend(server)}});
-  return services;
-}
+/// The VIP of "more-<i>".
+std::string vip_of(int i) { return fmt::format("10.98.{}.{}", i / 250, i % 250 + 1); }
 
 class Reload : public Integration {};
 
@@ -223,17 +219,17 @@ TEST_F(Reload, FileServesAsItsText) {
 
 TEST_F(Reload, GrowsFrom2To5000ServicesWithoutAFailedConnect) {
   const NamedServer one("one"), two("two");
-  Handle handle = serve(toml(many_services(2, one), {2, 2}));
+  Handle handle = serve(toml(more_services(2, backend(one)), {2, 2}));
   Asker asker(vip_of(0), 80);
   asker.wait_for(100);
-  std::vector<Service> services = many_services(5'000, two);
+  std::vector<Service> services = more_services(5'000, backend(two));
   services[0].backends = {backend(one)};
   ASSERT_TRUE(ok(handle.load(toml(services, {8'000, 8'000}))));
   asker.wait_for(100);
   ASSERT_TRUE(ok(handle.load(toml(services, {5'000, 5'000}))));
   asker.wait_for(100);
   for (int i = 1; i < 5'000; ++i) ASSERT_EQ(ask(vip_of(i), 80), answered_by("two")) << vip_of(i);
-  ASSERT_TRUE(ok(handle.load(toml(many_services(2, one), {2, 2}))));
+  ASSERT_TRUE(ok(handle.load(toml(more_services(2, backend(one)), {2, 2}))));
   asker.wait_for(100);
   const Answers answers = asker.stop();
   EXPECT_EQ(answers.size(), 1u) << testing::PrintToString(answers);
@@ -245,28 +241,37 @@ TEST_F(Reload, GrowsFrom2To5000ServicesWithoutAFailedConnect) {
 
 TEST_F(Reload, FullTableIsReplacedByAnotherFullTable) {
   const NamedServer one("one"), two("two");
-  Handle handle = serve(toml({{"a", "10.96.0.1", 80, {backend(one)}}, {"b", "10.96.0.2", 80, {backend(one)}}}, {2, 2}));
-  for (int round = 0; round < 10; ++round) {
-    ASSERT_TRUE(ok(
-        handle.load(toml({{"c", "10.96.0.3", 80, {backend(two)}}, {"d", "10.96.0.4", 80, {backend(two)}}}, {2, 2}))));
-    ASSERT_EQ(ask("10.96.0.3", 80), answered_by("two"));
-    ASSERT_EQ(ask("10.96.0.1", 80), refused_with(ENETUNREACH));
-    ASSERT_TRUE(ok(
-        handle.load(toml({{"a", "10.96.0.1", 80, {backend(one)}}, {"b", "10.96.0.2", 80, {backend(one)}}}, {2, 2}))));
-    ASSERT_EQ(ask("10.96.0.1", 80), answered_by("one"));
-    ASSERT_EQ(ask("10.96.0.3", 80), refused_with(ENETUNREACH));
+  std::vector<Service> services = more_services(128, backend(one));
+  const std::string before = toml(services, {128, 128});
+  for (Service& service : services) service = {service.name + "-too", service.vip, 443, {backend(two)}};
+  const std::string after = toml(services, {128, 128});
+  Handle handle = serve(before);
+  for (int round = 0; round < 5; ++round) {
+    ASSERT_TRUE(ok(handle.load(after)));
+    for (int i = 0; i < 128; ++i) {
+      ASSERT_EQ(ask(vip_of(i), 443), answered_by("two"));
+      ASSERT_EQ(ask(vip_of(i), 80), refused_with(ECONNREFUSED));
+    }
+    ASSERT_TRUE(ok(handle.load(before)));
+    for (int i = 0; i < 128; ++i) {
+      ASSERT_EQ(ask(vip_of(i), 80), answered_by("one"));
+      ASSERT_EQ(ask(vip_of(i), 443), refused_with(ECONNREFUSED));
+    }
   }
 }
 
-TEST_F(Reload, CountersSurviveAChangeOfLimits) {
+TEST_F(Reload, CountersSurviveGrowth) {
   const NamedServer one("one");
-  Handle handle = serve(toml({{"web", "10.96.0.1", 80, {backend(one)}}}, {2, 2}));
+  std::vector<Service> services = {{"web", "10.96.0.1", 80, {backend(one)}}};
+  Handle handle = serve(toml(services));
   for (int i = 0; i < 3; ++i) ASSERT_EQ(ask("10.96.0.1", 80), answered_by("one"));
-  ASSERT_TRUE(ok(handle.load(toml({{"web", "10.96.0.1", 80, {backend(one)}}}, {1'000, 1'000}))));
+  std::ranges::copy(more_services(1'000, backend(one)), std::back_inserter(services));
+  ASSERT_TRUE(ok(handle.load(toml(services, {2'000, 2'000}))));
   ASSERT_EQ(ask("10.96.0.1", 80), answered_by("one"));
-  const auto seen = handle.visit();
-  EXPECT_EQ(seen.at(0).connects, 4u) << "counted since the fast path was first loaded";
-  EXPECT_EQ(seen.at(0).backends.at(0).connects, 4u) << "counted since the backend was added";
+  const SeenService web = handle.visit().back();
+  EXPECT_EQ(web.name, "web");
+  EXPECT_EQ(web.connects, 4u) << "counted since the fast path was first loaded";
+  EXPECT_EQ(web.backends.at(0).connects, 4u) << "counted since the backend was added";
 }
 
 TEST_F(Reload, BackendThatLeavesGetsNoNewConnectWhileItsOldOneLivesOn) {

@@ -55,6 +55,9 @@ class Channel {
   /// Block for the next letter. Throws when the other side has ended.
   char hear() const;
 
+  /// To wait for the next letter among other things.
+  int get() const { return fd_.get(); }
+
  private:
   Fd fd_;
 };

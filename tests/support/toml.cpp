@@ -5,6 +5,13 @@
 
 namespace support {
 
+std::vector<Service> more_services(std::uint32_t count, const Backend& backend) {
+  std::vector<Service> services;
+  for (std::uint32_t i = 0; i < count; ++i)
+    services.push_back({fmt::format("more-{}", i), fmt::format("10.98.{}.{}", i / 250, i % 250 + 1), 80, {backend}});
+  return services;
+}
+
 std::string toml(const std::vector<Service>& services, Limits limits) {
   std::string text = fmt::format("[limits]\nservices = {}\nbackends = {}\n", limits.services, limits.backends);
   for (const Service& service : services) {

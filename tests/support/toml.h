@@ -33,6 +33,9 @@ struct Limits {
   std::uint32_t backends = 4096;
 };
 
+/// Services "more-0", "more-1", ... with VIPs in 10.98.0.0/16: with enough of them, the kernel's maps are outgrown.
+std::vector<Service> more_services(std::uint32_t count, const Backend& backend);
+
 /// The configuration's text.
 std::string toml(const std::vector<Service>& services, Limits limits = {});
 
