@@ -65,7 +65,7 @@ std::string to_text(const Endpoint& asked, const clusterip_resolution& found) {
     case CLUSTERIP_VERDICT_NO_BACKEND:
       return fmt::format("{}: {}: no backend takes connections, the service's no_backend applies", vip, service);
     case CLUSTERIP_VERDICT_NO_SERVICE:
-      return fmt::format("{}: a VIP of ours, but no service has this port: a connect() is refused", vip);
+      return fmt::format("{}: a VIP of ours, but no service has this port and protocol: a connect() is refused", vip);
     default:
       return fmt::format("{}: verdict {}", vip, found.verdict);
   }
