@@ -143,19 +143,25 @@ Result<std::vector<config::Backend>> read_backends(const clusterip_backend* back
 }
 
 Result<std::pair<config::Address, std::uint16_t>> read_sockaddr(const sockaddr* address, socklen_t length) {
-  if (address != nullptr && length >= sizeof(sockaddr_in) && address->sa_family == AF_INET) {
+  if (address == nullptr || length < sizeof address->sa_family) {
+    return fail(-EINVAL, "vip: expected a socket address");
+  }
+  if (address->sa_family != AF_INET && address->sa_family != AF_INET6) {
+    return fail(-EAFNOSUPPORT, "vip: expected a sockaddr_in or sockaddr_in6");
+  }
+  if (length < (address->sa_family == AF_INET ? sizeof(sockaddr_in) : sizeof(sockaddr_in6))) {
+    return fail(-EINVAL, "vip: the socket address is cut short");
+  }
+  if (address->sa_family == AF_INET) {
     sockaddr_in v4{};
     std::memcpy(&v4, address, sizeof v4);
     return std::pair(config::Address(boost::asio::ip::make_address_v4(ntohl(v4.sin_addr.s_addr))), ntohs(v4.sin_port));
   }
-  if (address != nullptr && length >= sizeof(sockaddr_in6) && address->sa_family == AF_INET6) {
-    sockaddr_in6 v6{};
-    std::memcpy(&v6, address, sizeof v6);
-    boost::asio::ip::address_v6::bytes_type bytes;
-    std::memcpy(bytes.data(), &v6.sin6_addr, sizeof bytes);
-    return std::pair(config::Address(boost::asio::ip::address_v6(bytes)), ntohs(v6.sin6_port));
-  }
-  return fail(-EAFNOSUPPORT, "expected a sockaddr_in or sockaddr_in6");
+  sockaddr_in6 v6{};
+  std::memcpy(&v6, address, sizeof v6);
+  boost::asio::ip::address_v6::bytes_type bytes;
+  std::memcpy(bytes.data(), &v6.sin6_addr, sizeof bytes);
+  return std::pair(config::Address(boost::asio::ip::address_v6(bytes)), ntohs(v6.sin6_port));
 }
 
 void write_sockaddr(const config::Backend& backend, sockaddr_storage& out) {

@@ -121,7 +121,7 @@ Result<void> BpfEngine::become_writer() {
   if (!pins_->has_state()) {
     return {};
   }
-  auto maps = Maps::open(pins_->path());
+  auto maps = pins_->open_maps();
   if (!maps) {
     return std::unexpected(maps.error());
   }
@@ -368,14 +368,14 @@ Result<void> BpfEngine::detach() {
   return pins_ ? pins_->remove() : Result<void>{};
 }
 
-Result<void> BpfEngine::for_reading(const std::function<Result<void>(const Maps&)>& read) const {
+Result<void> BpfEngine::for_reading(const std::function<Result<void>(const Maps&)>& read) {
   if (state_) {
     return read(state_->maps);
   }
-  if (!pins_ || !pins_->has_state()) {
-    return fail(-ENOENT, pins_ ? "nothing is loaded at " + pins_->path() : "nothing is loaded");
+  if (!pins_) {
+    return fail(-ENOENT, "nothing is loaded");
   }
-  const auto maps = Maps::open(pins_->path());
+  const auto maps = pins_->open_maps();
   if (!maps) {
     return std::unexpected(maps.error());
   }
@@ -453,11 +453,11 @@ Result<CanaryResult> BpfEngine::canary() {
     id = maps.meta().cgroup_id;
     return {};
   });
-  if (!done) {
+  if (!done && done.error().code != -ENOENT) {
     return std::unexpected(done.error());
   }
   if (id == 0) {
-    return fail(-ENOTCONN, "not attached");
+    return fail(-ENOTCONN, done ? "not attached" : "not attached: " + done.error().message);
   }
   auto cgroup = open_cgroup(path);
   if (!cgroup) {

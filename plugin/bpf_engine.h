@@ -79,7 +79,7 @@ class BpfEngine {
   Result<void> make_live(State& next);
   Result<void> adopt_replacement(std::unique_ptr<State> next);
   void note_limits() const;
-  Result<void> for_reading(const std::function<Result<void>(const Maps&)>& read) const;
+  Result<void> for_reading(const std::function<Result<void>(const Maps&)>& read);
 
   EngineOptions options_;
   Capabilities can_;

@@ -241,8 +241,10 @@ std::size_t Maps::insert_some(std::span<const Key> keys, std::span<const std::ui
       return keys.size();
     }
     error = errno;
-    if (count > 0 || !is_unsupported_batch(error)) {
-      return std::min<std::size_t>(count, keys.size());
+    // The kernel says in `count` how many it did; if it refused the call as a whole, it left `count` as it was.
+    const std::size_t done = count < keys.size() ? count : 0;
+    if (done > 0 || !is_unsupported_batch(error)) {
+      return done;
     }
   }
   for (std::size_t i = 0; i < keys.size(); ++i) {

@@ -13,7 +13,9 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <filesystem>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -124,6 +126,35 @@ PinDirectory::~PinDirectory() {
 
 bool PinDirectory::has_state() const { return exists(path_ + "/Meta_Map"); }
 
+Result<Maps> PinDirectory::open_maps() {
+  constexpr int attempts = 1000;
+  constexpr int patience = 50;  // a replacement takes less than a millisecond, unless its process died
+  constexpr timespec pause{.tv_sec = 0, .tv_nsec = 1'000'000};
+  const std::string next = path_ + "/" + next_name;
+  const std::string meta = path_ + "/Meta_Map";
+  for (int attempt = 0; attempt < attempts; ++attempt) {
+    if (!is_locked() && exists(next)) {
+      if (attempt > patience && lock()) {
+        lock_.reset();  // it had died; lock() has cleared up
+      } else {
+        nanosleep(&pause, nullptr);
+      }
+      continue;
+    }
+    // Each pin has an inode of its own. The same one before and after, and no next/: nothing was replaced in between.
+    struct stat before{};
+    struct stat after{};
+    if (stat(meta.c_str(), &before) != 0) {
+      return fail(-ENOENT, "nothing is loaded at " + path_);
+    }
+    auto maps = Maps::open(path_);
+    if (is_locked() || (!exists(next) && stat(meta.c_str(), &after) == 0 && before.st_ino == after.st_ino)) {
+      return maps;
+    }
+  }
+  return fail(-EBUSY, path_ + " is being replaced again and again");
+}
+
 Result<void> PinDirectory::lock() {
   constexpr int attempts = 3;
   for (int attempt = 0; attempt < attempts; ++attempt) {
@@ -218,7 +249,10 @@ Result<void> PinDirectory::commit_staged() {
 
 Result<void> PinDirectory::remove() {
   discard_staged();
-  for (const char* name : pin_names()) {
+  // Meta_Map stands for "a fast path is pinned here": it goes first, so that what a killed process leaves is no state.
+  auto names = pin_names();
+  std::ranges::stable_partition(names, [](std::string_view name) { return name == "Meta_Map"; });
+  for (const char* name : names) {
     if (unlink((path_ + "/" + name).c_str()) != 0 && errno != ENOENT) {
       return fail_errno(errno, "removing " + path_ + "/" + name);
     }
@@ -226,6 +260,7 @@ Result<void> PinDirectory::remove() {
   if (rmdir(path_.c_str()) != 0 && errno != ENOENT && errno != ENOTEMPTY) {
     return fail_errno(errno, "removing " + path_);
   }
+  lock_.reset();  // of a directory that is no more
   return {};
 }
 

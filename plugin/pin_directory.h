@@ -40,6 +40,9 @@ class PinDirectory {
   Result<void> lock();
   bool is_locked() const { return static_cast<bool>(lock_); }
 
+  /// The pinned maps, all of one set, also while another process replaces them. -ENOENT: nothing is pinned here.
+  Result<Maps> open_maps();
+
   /// How the pinned program is attached; -ENOENT when it is not.
   Result<Attachment> attachment() const;
 

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <boost/unordered/unordered_flat_set.hpp>
 #include <cerrno>
+#include <ctime>
 #include <map>
 #include <unordered_map>
 #include <utility>
@@ -89,17 +90,21 @@ std::vector<PublishedService> read_once(const Maps& maps) {
 }  // namespace
 
 std::vector<PublishedService> read_published(const Maps& maps) {
-  constexpr int attempts = 20;
+  constexpr int attempts = 200;
+  constexpr timespec pause{.tv_sec = 0, .tv_nsec = 1'000'000};
   const std::atomic_ref generation(maps.meta().generation);
   std::vector<PublishedService> services;
   for (int attempt = 0; attempt < attempts; ++attempt) {
-    const std::uint64_t before = generation.load();
-    services = read_once(maps);
-    if (before % 2 == 0 && generation.load() == before) {
-      break;
+    if (const std::uint64_t before = generation.load(); before % 2 == 0) {
+      services = read_once(maps);
+      std::atomic_thread_fence(std::memory_order_acquire);  // what was read, was read before the next load
+      if (generation.load() == before) {
+        return services;
+      }
     }
+    nanosleep(&pause, nullptr);
   }
-  return services;
+  return read_once(maps);  // a process died in a change, or they never cease
 }
 
 Publisher::Publisher(Maps& maps, GracePeriod grace, IndexPool records, IndexPool backends, ExtentPool blocks)
@@ -280,7 +285,6 @@ Result<void> Publisher::set_backends(std::string_view name, std::vector<config::
 }
 
 Result<void> Publisher::publish(std::span<config::Service* const> changed, std::span<const std::uint32_t> removed) {
-  const Change change(*maps_);
   erase_unused_keys();  // those that an earlier change could not delete
 
   // 1. Write everything that is new beside what is published. Nobody sees it.
@@ -303,11 +307,14 @@ Result<void> Publisher::publish(std::span<config::Service* const> changed, std::
   }
 
   // 3. One store for each service publishes it, or takes it away.
-  for (Staged& one : staged) {
-    commit(one);
-  }
-  for (const std::uint32_t record : removed) {
-    remove(record);
+  {
+    const Change change(*maps_);
+    for (Staged& one : staged) {
+      commit(one);
+    }
+    for (const std::uint32_t record : removed) {
+      remove(record);
+    }
   }
 
   // 4. Only now delete keys. Failing here leaves keys that mean nothing; the next change tries again.
