@@ -214,6 +214,11 @@ Result<void> BpfEngine::load(config::Config config) {
   if (auto writer = become_writer(); !writer) {
     return writer;
   }
+  if (attachment_) {  // what is published now is live at once: not for another cgroup
+    if (const auto cgroup = own_cgroup(); !cgroup) {
+      return std::unexpected(cgroup.error());
+    }
+  }
   config.services.push_back(canary_service());
   if (auto published = publish(config.services); !published) {
     return published;
@@ -287,14 +292,20 @@ Result<void> BpfEngine::attach() {
   return make_live(*state_);
 }
 
-Result<void> BpfEngine::make_live(State& next) {
+/// The cgroup to attach to; an error when this handle, or its pin path, is attached to another one.
+Result<Cgroup> BpfEngine::own_cgroup() const {
   auto cgroup = open_cgroup(options_.cgroup);
-  if (!cgroup) {
-    return std::unexpected(cgroup.error());
-  }
-  if (attachment_ && state_ && state_->maps.meta().cgroup_id != cgroup->id) {
+  if (cgroup && attachment_ && state_->maps.meta().cgroup_id != cgroup->id) {
     return fail(-EEXIST, (pins_ ? pins_->path() + " is" : "this handle is") + " attached to another cgroup, " +
                              state_->maps.meta().cgroup_path + ": detach (`clusterip unload`) first");
+  }
+  return cgroup;
+}
+
+Result<void> BpfEngine::make_live(State& next) {
+  const auto cgroup = own_cgroup();
+  if (!cgroup) {
+    return std::unexpected(cgroup.error());
   }
   const Capacity& capacity = next.maps.capacity();
   auto program = load_program(Maps::names(), next.maps.fds(),

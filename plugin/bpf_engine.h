@@ -74,6 +74,7 @@ class BpfEngine {
 
   Result<void> open_paths();
   Result<void> become_writer();
+  Result<Cgroup> own_cgroup() const;
   Result<std::unique_ptr<State>> fresh_state(std::span<config::Service> services);
   Result<void> publish(std::span<config::Service> services);
   Result<void> make_live(State& next);

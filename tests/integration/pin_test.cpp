@@ -297,6 +297,19 @@ TEST_F(Pin, AttachToAnotherCgroupIsRefused) {
   remove_all_of_ours();
 }
 
+TEST_F(Pin, LoadForAnotherCgroupChangesNothing) {
+  const NamedServer one("one"), two("two");
+  const Cgroup other;
+  pin_from_another_process(toml({{"web", "10.96.0.1", 80, {backend(one)}}}));
+  {
+    Handle handle(plugin(), {other.path(), pin()});
+    const Outcome outcome = handle.load(toml({{"web", "10.96.0.1", 80, {backend(two)}}}));
+    EXPECT_EQ(outcome.code, -EEXIST) << outcome;
+  }
+  EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one"));
+  remove_all_of_ours();
+}
+
 TEST_F(Pin, StateOfAnotherLayoutIsRefusedServesOnAndCanBeRemoved) {
   const NamedServer server("server");
   const std::string text = toml({{"web", "10.96.0.1", 80, {backend(server)}}});
