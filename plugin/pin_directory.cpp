@@ -195,12 +195,22 @@ Result<void> PinDirectory::recover() {
 }
 
 Result<Attachment> PinDirectory::attachment() const {
-  if (Fd link(bpf_obj_get((path_ + "/" + link_name).c_str())); link) {
-    return Attachment::from_link(std::move(link));
-  }
-  Fd program(bpf_obj_get((path_ + "/" + program_name).c_str()));
+  const Fd program(bpf_obj_get((path_ + "/" + program_name).c_str()));
   if (!program) {
     return fail_errno(errno, "opening " + path_ + "/" + program_name);
+  }
+  const auto id = program_id_of(program);
+  if (!id) {
+    return std::unexpected(id.error());
+  }
+  if (Fd link(bpf_obj_get((path_ + "/" + link_name).c_str())); link) {
+    auto attachment = Attachment::from_link(std::move(link));
+    const auto attached = attachment.program_id();
+    if (!attached || *attached != *id) {
+      return fail(-EPROTO, path_ + "/" + link_name + " is not a link of " + path_ + "/" + program_name +
+                               ": somebody has changed these pins, remove them by hand");
+    }
+    return attachment;
   }
   auto cgroup = recorded_cgroup(path_);
   if (!cgroup) {

@@ -4,6 +4,7 @@
 // becomes free by reclaim(), which the owner calls after a grace period: one serves everything retired before it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -22,6 +23,8 @@ class IndexPool {
   std::optional<std::uint32_t> take();
   void give_back(std::uint32_t index) { free_.push_back(index); }  // nobody has seen it
   void retire(std::uint32_t index) { retired_.push_back(index); }
+  /// Makes room, so that `more` calls of retire() need no memory.
+  void reserve_retired(std::size_t more) { retired_.reserve(retired_.size() + more); }
   void reclaim();
   std::uint64_t retired() const { return retired_.size(); }
   std::uint64_t capacity() const { return capacity_; }
@@ -43,6 +46,7 @@ class ExtentPool {
   bool take_at(std::uint32_t offset, std::uint32_t size);
   void give_back(std::uint32_t offset, std::uint32_t size);
   void retire(std::uint32_t offset, std::uint32_t size);
+  void reserve_retired(std::size_t more) { retired_.reserve(retired_.size() + more); }
   void reclaim();
   std::uint64_t retired() const { return retired_size_; }
   std::uint64_t capacity() const { return capacity_; }

@@ -191,7 +191,8 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
                       IndexPool(capacity.backend_records(), backends), std::move(blocks));
   publisher.unused_keys_ = std::move(unused);
   for (auto& published : services) {
-    publisher.enter(std::move(published));
+    std::string name = published.service.name;
+    publisher.enter(std::move(published), std::move(name));
   }
   for (const Key& marker : markers) {
     if (!publisher.vips_.contains(marker)) {
@@ -238,13 +239,13 @@ std::vector<config::Service> Publisher::services() const {
 }
 
 /// Enters a service into the indices.
-void Publisher::enter(PublishedService published) {
+void Publisher::enter(PublishedService published, std::string name) {
   const Key key = encode_key(published.service);
   const std::uint32_t record = published.record;
   if (by_key_.emplace(key, record).second) {
     ++vips_[marker_of(key)];
   }
-  by_name_.insert_or_assign(published.service.name, record);
+  by_name_.insert_or_assign(std::move(name), record);
   backend_count_ += published.backends.size();
   published_[record] = std::move(published);
 }
@@ -300,6 +301,8 @@ Result<void> Publisher::publish(std::span<config::Service* const> changed, std::
     staged.push_back(std::move(*one));
   }
 
+  reserve_for_commit(staged, removed);
+
   // 2. Insert the keys of new services: the last step that can fail. Their records still say "no service here".
   if (auto inserted = insert_new_keys(staged); !inserted) {
     undo();
@@ -327,12 +330,10 @@ Result<void> Publisher::publish(std::span<config::Service* const> changed, std::
 
 Result<Publisher::Staged> Publisher::stage(config::Service& service) {
   const PublishedService* previous = find_published(encode_key(service));
-  Staged staged{.source = &service,
-                .next = {.service = std::move(service), .record = 0, .block = {}, .backends = {}},
-                .is_new = previous == nullptr,
-                .fresh = {},
-                .leaving = {}};
+  Staged staged{
+      .source = &service, .next = {}, .name = service.name, .is_new = previous == nullptr, .fresh = {}, .leaving = {}};
   auto& next = staged.next;
+  next.service = std::move(service);
   const auto failed = [&](const Error& error) {
     unstage(staged);
     return std::unexpected(error);
@@ -424,6 +425,24 @@ Result<void> Publisher::insert_new_keys(const std::vector<Staged>& staged) {
   return maps_->insert_keys(keys, values);
 }
 
+/// From the first store on, nothing may fail, not even for memory.
+void Publisher::reserve_for_commit(const std::vector<Staged>& staged, std::span<const std::uint32_t> removed) {
+  std::size_t leaving = 0;
+  for (const Staged& one : staged) {
+    leaving += one.leaving.size();
+  }
+  for (const std::uint32_t record : removed) {
+    leaving += published_[record].backends.size();
+  }
+  backends_.reserve_retired(leaving);
+  blocks_.reserve_retired(staged.size() + removed.size());
+  records_.reserve_retired(unused_keys_.size() + removed.size());
+  unused_keys_.reserve(unused_keys_.size() + 2 * removed.size());
+  by_key_.reserve(by_key_.size() + staged.size());
+  by_name_.reserve(by_name_.size() + staged.size());
+  vips_.reserve(vips_.size() + staged.size());
+}
+
 void Publisher::commit(Staged& staged) {
   auto& next = staged.next;
   plugin::publish(*maps_, encode_key(next.service), next.record, next.block);
@@ -443,7 +462,7 @@ void Publisher::commit(Staged& staged) {
     backend_count_ -= previous.backends.size();
     forget_name(previous.service.name, next.record);
   }
-  enter(std::move(next));
+  enter(std::move(next), std::move(staged.name));
 }
 
 void Publisher::remove(std::uint32_t record) {

@@ -59,6 +59,7 @@ class Publisher {
   struct Staged {
     config::Service* source = nullptr;  // where next.service came from
     PublishedService next;
+    std::string name;  // a copy for by_name_
     bool is_new = false;
     std::vector<std::uint32_t> fresh;    // those of next.backends that were taken for it
     std::vector<std::uint32_t> leaving;  // backend indices that only the published one has
@@ -69,11 +70,12 @@ class Publisher {
   Result<void> publish(std::span<config::Service* const> changed, std::span<const std::uint32_t> removed);
   Result<Staged> stage(config::Service& service);
   void unstage(Staged& staged);
+  void reserve_for_commit(const std::vector<Staged>& staged, std::span<const std::uint32_t> removed);
   void commit(Staged& staged);
   void remove(std::uint32_t record);
   Result<void> insert_new_keys(const std::vector<Staged>& staged);
   void erase_unused_keys();
-  void enter(PublishedService published);
+  void enter(PublishedService published, std::string name);
   void forget_name(const std::string& name, std::uint32_t record);
   void reclaim_if_worthwhile();
 
