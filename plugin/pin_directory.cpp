@@ -15,7 +15,7 @@
 #include <cstring>
 #include <ctime>
 #include <filesystem>
-#include <string_view>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -260,11 +260,12 @@ Result<void> PinDirectory::commit_staged() {
 Result<void> PinDirectory::remove() {
   discard_staged();
   // Meta_Map stands for "a fast path is pinned here": it goes first, so that what a killed process leaves is no state.
-  auto names = pin_names();
-  std::ranges::stable_partition(names, [](std::string_view name) { return name == "Meta_Map"; });
-  for (const char* name : names) {
-    if (unlink((path_ + "/" + name).c_str()) != 0 && errno != ENOENT) {
-      return fail_errno(errno, "removing " + path_ + "/" + name);
+  std::vector<std::string> names = {"Meta_Map"};
+  std::ranges::copy(pin_names(), std::back_inserter(names));
+  for (const auto& name : names) {
+    const std::string pinned = path_ + "/" + name;
+    if (unlink(pinned.c_str()) != 0 && errno != ENOENT) {
+      return fail_errno(errno, "removing " + pinned);
     }
   }
   if (rmdir(path_.c_str()) != 0 && errno != ENOENT && errno != ENOTEMPTY) {

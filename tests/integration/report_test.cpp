@@ -129,7 +129,7 @@ TEST_F(Report, ResolveDrawsByWeight) {
     ASSERT_TRUE(ok(handle.resolve("10.96.0.1", 80, seen)));
     light += address_of(seen) == "127.0.0.1:1";
   }
-  EXPECT_NEAR(light, draws / 4, 300) << "within almost 5 standard deviations";
+  EXPECT_NEAR(light, draws / 4.0, 300) << "within almost 5 standard deviations";
 }
 
 TEST_F(Report, ResolveBeforeAnyLoadIsNotFound) {
