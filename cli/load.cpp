@@ -16,7 +16,8 @@ namespace po = boost::program_options;
 
 void describe(po::options_description_easy_init add) {
   add("config", po::value<std::string>()->required()->value_name("FILE"), "the configuration");
-  add("cgroup", po::value<std::string>()->value_name("DIR"), "attach to this cgroup (default: [engine] cgroup)");
+  add("cgroup", po::value<std::string>()->value_name("DIR"),
+      "attach to this cgroup (default: [engine] cgroup, else the root: all processes)");
   add("pin", po::value<std::string>()->value_name("DIR"), "pin to this directory (default: [engine] pin)");
 }
 

@@ -97,6 +97,13 @@ Outcome run_verb(const Verb& verb, std::span<const std::string> words) {
       return Exit::fine;
     }
     po::notify(given);
+    for (const auto& [name, value] : given) {
+      const auto* text = boost::any_cast<std::string>(&value.value());
+      // What an unset shell variable leaves. For --cgroup, taking it for "none" would mean the whole host.
+      if (text != nullptr && text->empty()) {
+        return std::unexpected(usage_failure(verb.name, fmt::format("--{} is empty", name)));
+      }
+    }
   } catch (const po::error& error) {
     return std::unexpected(usage_failure(verb.name, error.what()));
   }

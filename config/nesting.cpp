@@ -20,8 +20,9 @@ std::size_t skip_string(std::string_view text, std::size_t at, char quote) {
     } else if (text[at] == quote) {
       if (!multi_line) return at + 1;
       // Up to five quotes in a row end the string: its last two may be part of the text.
-      const std::size_t run = std::min(text.find_first_not_of(quote, at), text.size()) - at;
-      if (run >= 3) return at + std::min<std::size_t>(run, 5);
+      const std::string_view head = text.substr(at, 5);
+      const std::size_t run = std::min(head.find_first_not_of(quote), head.size());
+      if (run >= 3) return at + run;
       at += run - 1;
     }
   }

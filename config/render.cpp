@@ -26,6 +26,19 @@ std::string_view find_line(std::string_view text, std::uint32_t number) {
   return text;
 }
 
+// What of a very long line can come near character `at`, which is moved along. Whatever is cut off would not be shown.
+std::string_view shorten(std::string_view line, std::size_t& at) {
+  constexpr std::size_t near = 2 * max_columns;
+  constexpr std::size_t longest = 8 * near;  // in bytes: room for the longest characters
+  if (line.size() <= longest) return line;
+  std::size_t start = 0;
+  for (; at > near && start < line.size(); --at) {
+    do ++start;
+    while (start < line.size() && (static_cast<unsigned char>(line[start]) & 0xc0) == 0x80);
+  }
+  return line.substr(start, longest);
+}
+
 // One element per character, as it is shown.
 std::vector<std::string_view> split(std::string_view line) {
   std::vector<std::string_view> characters;
@@ -69,10 +82,10 @@ std::string render(const Mistake& mistake, std::string_view text, std::string_vi
   const auto [line, column] = mistake.position;
   if (line == 0) return fmt::format("{}: {}", printable(name), mistake.message);
   std::string head = fmt::format("{}:{}:{}: {}", printable(name), line, column, mistake.message);
-  const auto characters = split(find_line(text, line));
+  std::size_t at = column - std::min(column, 1u);
+  const auto characters = split(shorten(find_line(text, line), at));
   if (characters.empty()) return head;
-  const std::size_t at = std::min<std::size_t>(column - std::min(column, 1u), characters.size());
-  return fmt::format("{}\n{}", head, excerpt(characters, at));
+  return fmt::format("{}\n{}", head, excerpt(characters, std::min(at, characters.size())));
 }
 
 }  // namespace config

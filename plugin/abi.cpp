@@ -63,7 +63,9 @@ void fill(const Error& error, clusterip_error* reterr) {
   reterr->column = error.column;
   reterr->reserved = 0;
   const std::size_t length = std::min(error.message.size(), room - 1);
-  std::memcpy(reterr->message, error.message.data(), length);
+  // Names and paths come from anywhere: what could steer a terminal or break the line does not pass.
+  std::ranges::transform(error.message.substr(0, length), reterr->message,
+                         [](char c) { return static_cast<unsigned char>(c) < ' ' || c == '\x7f' ? '?' : c; });
   reterr->message[length] = '\0';
 }
 
@@ -78,7 +80,7 @@ int guarded(clusterip_error* reterr, Call call) noexcept {
     fill(result.error(), reterr);
     return result.error().code;
   } catch (const std::bad_alloc&) {
-    fill({.code = -ENOMEM, .message = std::string()}, reterr);
+    fill({.code = -ENOMEM, .message = "out of memory"}, reterr);  // short: needs none
     return -ENOMEM;
   } catch (const std::exception& bug) {
     fill({.code = -ENOTRECOVERABLE, .message = bug.what()}, reterr);
@@ -116,6 +118,10 @@ const clusterip_backend& element(const clusterip_backend* backends, std::size_t 
 }
 
 Result<std::vector<config::Backend>> read_backends(const clusterip_backend* backends, std::size_t count) {
+  if (count > config::max_backends_per_service) {
+    return fail(-EBADMSG, "backends: expected at most " + std::to_string(config::max_backends_per_service) + ", got " +
+                              std::to_string(count));
+  }
   std::vector<config::Backend> list;
   list.reserve(count);
   for (std::size_t i = 0; i < count; ++i) {
@@ -426,8 +432,7 @@ int clusterip_canary(clusterip* handle, clusterip_canary_result* ret, clusterip_
       return fail(-ENOTCONN, "a connect() in the cgroup was not rewritten");
     }
     if (seen->rewrite_errno != 0) {
-      auto error = plugin::fail_errno(seen->rewrite_errno,
-                                      "a connect() in the cgroup was not rewritten, or loopback is down here");
+      auto error = plugin::fail_errno(seen->rewrite_errno, "a connect() in the cgroup was not rewritten");
       error.error().code = -ENOTCONN;
       return error;
     }

@@ -47,15 +47,17 @@ Result<Attachment> Attachment::attach(const Cgroup& cgroup, const Fd& program, b
     Fd link(bpf_link_create(program.get(), cgroup.fd.get(), hook, nullptr));
     if (!link) {
       const int error = errno;
-      return fail_errno(error, "attaching to " + cgroup.path +
-                                   (error == EPERM ? " (a program of somebody else may be attached exclusively)" : ""));
+      return fail_errno(
+          error, "attaching to " + cgroup.path +
+                     (error == EPERM ? " (a program of somebody else may be attached without BPF_F_ALLOW_MULTI)" : ""));
     }
     return from_link(std::move(link));
   }
   if (bpf_prog_attach(program.get(), cgroup.fd.get(), hook, BPF_F_ALLOW_MULTI) != 0) {
     const int error = errno;
-    return fail_errno(error, "attaching to " + cgroup.path +
-                                 (error == EPERM ? " (a program of somebody else may be attached exclusively)" : ""));
+    return fail_errno(
+        error, "attaching to " + cgroup.path +
+                   (error == EPERM ? " (a program of somebody else may be attached without BPF_F_ALLOW_MULTI)" : ""));
   }
   auto attachment = from_program(cgroup, program);
   if (!attachment) {

@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <unordered_map>
 #include <utility>
 
@@ -58,14 +59,14 @@ void carry_counters(const Maps& from, const Maps& to) {
     }
     const auto& old = found->second;
     to.add_counters(published.record, from.read_counters(old.record));
+    std::map<std::pair<config::Address, std::uint16_t>, std::uint32_t> old_index;
+    for (std::size_t i = 0; i < old.backends.size(); ++i) {
+      old_index.emplace(std::pair(old.service.backends[i].address, old.service.backends[i].port), old.backends[i]);
+    }
     for (std::size_t i = 0; i < published.backends.size(); ++i) {
       const auto& backend = published.service.backends[i];
-      const auto same = std::ranges::find_if(old.service.backends, [&backend](const config::Backend& other) {
-        return other.port == backend.port && other.address == backend.address;
-      });
-      if (same != old.service.backends.end()) {
-        const auto index = old.backends[static_cast<std::size_t>(same - old.service.backends.begin())];
-        to.add_counters(to.backend_stats(published.backends[i]), from.read_counters(from.backend_stats(index)));
+      if (const auto same = old_index.find({backend.address, backend.port}); same != old_index.end()) {
+        to.add_counters(to.backend_stats(published.backends[i]), from.read_counters(from.backend_stats(same->second)));
       }
     }
   }
@@ -115,12 +116,17 @@ Result<void> BpfEngine::become_writer() {
   if (!pins_ || pins_->is_locked()) {
     return {};
   }
-  if (auto locked = pins_->lock(); !locked) {
-    return locked;
+  auto adopted = pins_->lock();
+  if (adopted && pins_->has_state()) {
+    adopted = adopt();
   }
-  if (!pins_->has_state()) {
-    return {};
+  if (!adopted) {
+    pins_->unlock();  // locked means adopted
   }
+  return adopted;
+}
+
+Result<void> BpfEngine::adopt() {
   auto maps = pins_->open_maps();
   if (!maps) {
     return std::unexpected(maps.error());
@@ -131,24 +137,32 @@ Result<void> BpfEngine::become_writer() {
     return std::unexpected(publisher.error());
   }
   state->publisher.emplace(std::move(*publisher));
-
   auto attachment = pins_->attachment();
-  if (attachment && attachment->link()) {
-    auto id = attachment->cgroup_id();
-    if (!id) {
-      return std::unexpected(id.error());
-    }
-    if (*id != 0) {  // else the cgroup is gone, and attach() makes a new link
-      attachment_ = std::move(*attachment);
-    }
-  } else if (attachment) {
-    attachment_ = std::move(*attachment);
-  } else if (attachment.error().code != -ENOENT) {
+  if (!attachment && attachment.error().code != -ENOENT) {
     return std::unexpected(attachment.error());
+  }
+
+  attachment_.reset();
+  if (attachment) {
+    attachment_ = std::move(*attachment);
   }
   limits_.services = state->maps.meta().limit_services;
   limits_.backends = state->maps.meta().limit_backends;
   state_ = std::move(state);
+  return {};
+}
+
+/// A link ends with its cgroup; what is left of it is not an attachment.
+Result<void> BpfEngine::drop_dead_attachment() {
+  if (attachment_ && attachment_->link()) {
+    const auto id = attachment_->cgroup_id();
+    if (!id) {
+      return std::unexpected(id.error());
+    }
+    if (*id == 0) {
+      attachment_.reset();
+    }
+  }
   return {};
 }
 
@@ -202,17 +216,34 @@ Result<void> BpfEngine::adopt_replacement(std::unique_ptr<State> next) {
 }
 
 Result<void> BpfEngine::load(config::Config config) {
+  // Paths from [engine] stay only if the load succeeds.
+  const EngineOptions before = options_;
+  const bool had_pins = pins_.has_value();
   if (options_.cgroup.empty()) {
     options_.cgroup = config.engine.cgroup;
   }
   if (options_.pin.empty() && options_.engine_table) {
     options_.pin = config.engine.pin;
   }
+  auto loaded = load_services(config);
+  if (!loaded) {
+    options_ = before;
+    if (!had_pins && !state_) {
+      pins_.reset();
+    }
+  }
+  return loaded;
+}
+
+Result<void> BpfEngine::load_services(config::Config& config) {
   if (auto opened = open_paths(); !opened) {
     return opened;
   }
   if (auto writer = become_writer(); !writer) {
     return writer;
+  }
+  if (auto dropped = drop_dead_attachment(); !dropped) {
+    return dropped;
   }
   if (attachment_) {  // what is published now is live at once: not for another cgroup
     if (const auto cgroup = own_cgroup(); !cgroup) {
@@ -280,6 +311,9 @@ Result<void> BpfEngine::attach() {
   if (auto writer = become_writer(); !writer) {
     return writer;
   }
+  if (auto dropped = drop_dead_attachment(); !dropped) {
+    return dropped;
+  }
   if (!state_) {
     config::Service canary[] = {canary_service()};
     auto state = fresh_state(canary);
@@ -297,7 +331,8 @@ Result<Cgroup> BpfEngine::own_cgroup() const {
   auto cgroup = open_cgroup(options_.cgroup);
   if (cgroup && attachment_ && state_->maps.meta().cgroup_id != cgroup->id) {
     return fail(-EEXIST, (pins_ ? pins_->path() + " is" : "this handle is") + " attached to another cgroup, " +
-                             state_->maps.meta().cgroup_path + ": detach (`clusterip unload`) first");
+                             state_->maps.meta().cgroup_path + ": detach it first" +
+                             (pins_ ? " (`clusterip unload --pin " + pins_->path() + "`)" : ""));
   }
   return cgroup;
 }
@@ -354,9 +389,23 @@ Result<void> BpfEngine::make_live(State& next) {
 
 Result<void> BpfEngine::detach() {
   // Not become_writer(): state that cannot be adopted can be removed all the same.
-  if (pins_ && !pins_->is_locked()) {
+  const bool was_writer = !pins_ || pins_->is_locked();
+  if (!was_writer) {
     if (auto locked = pins_->lock(); !locked) {
       return locked;
+    }
+  }
+  auto detached = detach_and_unpin();
+  if (!detached && !was_writer) {
+    pins_->unlock();
+  }
+  return detached;
+}
+
+Result<void> BpfEngine::detach_and_unpin() {
+  if (pins_) {
+    if (auto owned = pins_->check_owned(); !owned) {
+      return owned;
     }
   }
   if (!attachment_ && pins_ && pins_->has_state()) {
@@ -409,7 +458,7 @@ Result<Resolution> BpfEngine::resolve(const config::Address& vip, std::uint16_t 
       return {};
     }
     const Block block = decode_word(word);
-    if (std::uint64_t{block.header} + block.size() > maps.slots().size()) {
+    if (!block.is_within(maps.slots().size())) {
       return fail(-EPROTO, "the pinned state is damaged: run `clusterip unload` and load again");
     }
     resolution.service = decode_service(services[*record]).name;

@@ -74,9 +74,13 @@ class BpfEngine {
 
   Result<void> open_paths();
   Result<void> become_writer();
+  Result<void> adopt();
+  Result<void> drop_dead_attachment();
   Result<Cgroup> own_cgroup() const;
   Result<std::unique_ptr<State>> fresh_state(std::span<config::Service> services);
+  Result<void> load_services(config::Config& config);
   Result<void> publish(std::span<config::Service> services);
+  Result<void> detach_and_unpin();
   Result<void> make_live(State& next);
   Result<void> adopt_replacement(std::unique_ptr<State> next);
   void note_limits() const;

@@ -4,7 +4,9 @@
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <netinet/in.h>
+#include <signal.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -13,6 +15,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <ctime>
 #include <memory>
 #include <string>
 
@@ -24,24 +27,20 @@ namespace {
 
 /// Shared with the child.
 struct Report {
-  int join_errno;  // of moving into the cgroup
+  int join_errno;      // of moving into the cgroup
+  int loopback_errno;  // of connecting to the canary's backend itself
   bool done;
   CanaryResult seen;
 };
 
-sockaddr_in canary_address(std::uint16_t port) {
+/// Connects a UDP socket; 0 or the errno. EADDRNOTAVAIL when it worked, but the kernel chose another source than the
+/// loopback address: the connect went elsewhere.
+int connect_to(std::uint32_t host, std::uint16_t port) {
   sockaddr_in address{};
   address.sin_family = AF_INET;
   address.sin_port = htons(port);
-  address.sin_addr.s_addr = htonl(CANARY_VIP);
-  return address;
-}
-
-/// Connects to the canary's VIP; 0 or the errno. EADDRNOTAVAIL when it worked, but not by a rewrite to the loopback
-/// address: the kernel chose another source.
-int connect_to(std::uint16_t port) {
+  address.sin_addr.s_addr = htonl(host);
   const Fd fd(socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0));
-  const sockaddr_in address = canary_address(port);
   if (!fd || connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
     return errno;
   }
@@ -55,13 +54,23 @@ int connect_to(std::uint16_t port) {
 
 /// In the child: nothing but system calls, since other threads of the host may have held locks when it was made.
 [[noreturn]] void run_child(int cgroup, Report& report) {
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
   const int procs = openat(cgroup, "cgroup.procs", O_WRONLY | O_CLOEXEC);
-  if (procs < 0 || write(procs, "0", 1) != 1) {
+  if (procs < 0) {
     report.join_errno = errno;
     _exit(1);
   }
-  report.seen.rewrite_errno = connect_to(CANARY_PORT);
-  const int refused = connect_to(CANARY_REFUSED_PORT);
+  // The host's descriptors must not outlive it here: one of them is the lock of the pins. (Linux 5.9; before, they
+  // may.)
+  syscall(SYS_close_range, 0, procs - 1, 0);
+  syscall(SYS_close_range, procs + 1, ~0u, 0);
+  if (write(procs, "0", 1) != 1) {
+    report.join_errno = errno;
+    _exit(1);
+  }
+  report.loopback_errno = connect_to(CANARY_BACKEND, CANARY_PORT);
+  report.seen.rewrite_errno = connect_to(CANARY_VIP, CANARY_PORT);
+  const int refused = connect_to(CANARY_VIP, CANARY_REFUSED_PORT);
   // Without our program there is no route to the VIP, or there is one: neither is a refusal of ours.
   report.seen.refuse_errno = refused == ECONNREFUSED || refused == EPERM ? refused : 0;
   report.done = true;
@@ -77,10 +86,19 @@ Result<void> run_in(int cgroup, Report& report) {
   if (child == 0) {
     run_child(cgroup, report);
   }
-  int status = 0;
-  while (waitpid(static_cast<pid_t>(child), &status, __WALL) < 0 && errno == EINTR) {
+  // In a frozen cgroup it does not run, but dies.
+  constexpr int patience = 5000;  // milliseconds
+  constexpr timespec pause{.tv_sec = 0, .tv_nsec = 1'000'000};
+  for (int waited = 0; waited < patience; ++waited) {
+    if (waitpid(static_cast<pid_t>(child), nullptr, __WALL | WNOHANG) != 0) {
+      return {};
+    }
+    nanosleep(&pause, nullptr);
   }
-  return {};
+  kill(static_cast<pid_t>(child), SIGKILL);
+  while (waitpid(static_cast<pid_t>(child), nullptr, __WALL) < 0 && errno == EINTR) {
+  }
+  return fail(-ETIMEDOUT, "the canary did not end within 5 s: is the cgroup frozen?");
 }
 
 }  // namespace
@@ -112,6 +130,9 @@ Result<CanaryResult> run_canary(const Cgroup& cgroup) {
   }
   if (report->join_errno != 0) {
     return fail_errno(report->join_errno, "moving the canary into the cgroup " + cgroup.path);
+  }
+  if (report->loopback_errno != 0) {
+    return fail_errno(report->loopback_errno, "the canary cannot tell, 127.0.0.1 is not reachable here (is lo up?)");
   }
   if (!report->done) {
     return fail(-ECHILD, "the canary died before it could tell");

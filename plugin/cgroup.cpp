@@ -45,7 +45,9 @@ Result<std::string> cgroup2_mount() {
       return unescape(mount_point);
     }
   }
-  return fail(-ENOENT, "no cgroup2 filesystem is mounted here: mount one (mount -t cgroup2 none /sys/fs/cgroup)");
+  return fail(
+      -ENOENT,
+      "no cgroup2 filesystem is mounted here: mount one (mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2)");
 }
 
 }  // namespace

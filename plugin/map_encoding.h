@@ -59,6 +59,8 @@ struct Block {
   std::uint32_t slots = 0;
 
   std::uint32_t size() const { return slots + 1; }
+  /// Whether a Slot_Map of so many entries holds it. Only what somebody else wrote does not.
+  bool is_within(std::size_t entries) const { return header > 0 && std::uint64_t{header} + 1 + slots <= entries; }
 };
 
 constexpr std::uint64_t encode_word(const Block& block) { return std::uint64_t{block.slots} << 32 | block.header; }

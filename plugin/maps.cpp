@@ -112,9 +112,16 @@ Result<Maps> Maps::create(const Capacity& capacity) {
 }
 
 Result<Maps> Maps::open(const std::string& directory) {
+  const auto damaged = [&directory](const std::string& reason) {
+    return fail(-EPROTO, directory + ": the pinned state " + reason + ": run `clusterip unload --pin " + directory +
+                             "` and load again");
+  };
   Maps maps;
   for (const char* name : map_names) {
     Fd fd(bpf_obj_get((directory + "/" + name).c_str()));
+    if (!fd && errno == ENOENT && name != map_names[meta_map]) {
+      return damaged(std::string("is damaged (") + name + " is missing)");
+    }
     if (!fd) {
       return fail_errno(errno, "opening " + directory + "/" + name);
     }
@@ -122,9 +129,6 @@ Result<Maps> Maps::open(const std::string& directory) {
   }
 
   // Meta_Map's head is the same in every version, and is read by look-up: a later version may have another size.
-  const auto damaged = [&directory](const std::string& reason) {
-    return fail(-EPROTO, directory + ": the pinned state " + reason + ": run `clusterip unload` and load again");
-  };
   bpf_map_info info{};
   std::uint32_t length = sizeof info;
   if (bpf_obj_get_info_by_fd(maps.fds_[meta_map].get(), &info, &length) != 0) {
@@ -170,8 +174,10 @@ Result<Maps> Maps::open(const std::string& directory) {
     if (bpf_obj_get_info_by_fd(maps.fds_[i++].get(), &info, &length) != 0) {
       return fail_errno(errno, "asking about " + directory + "/" + shape.size.name);
     }
-    if (info.max_entries != shape.size.max_entries || info.key_size != shape.key_size ||
-        info.value_size != shape.value_size) {
+    const bool is_hash = shape.size.name == map_names[service_map];
+    if (info.type != (is_hash ? BPF_MAP_TYPE_HASH : BPF_MAP_TYPE_ARRAY) ||
+        info.map_flags != (is_hash ? 0 : BPF_F_MMAPABLE) || info.max_entries != shape.size.max_entries ||
+        info.key_size != shape.key_size || info.value_size != shape.value_size) {
       return damaged(std::string("is damaged (") + shape.size.name + ")");
     }
   }

@@ -36,6 +36,18 @@ std::vector<const char*> pin_names() {
   return names;
 }
 
+/// Whoever may write to the directory decides what is pinned there, and for how long.
+Result<void> check_owner(const std::string& path, const struct stat& status) {
+  if (!S_ISDIR(status.st_mode)) {
+    return fail(-ENOTDIR, path + " is not a directory");
+  }
+  if ((status.st_uid != geteuid() && status.st_uid != 0) || (status.st_mode & (S_IWGRP | S_IWOTH)) != 0) {
+    return fail(-EPERM, path + " belongs to user " + std::to_string(status.st_uid) +
+                            " or is writable by others: remove it, and let only root write to its parent directory");
+  }
+  return {};
+}
+
 bool exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
 
 Result<void> pin(const Fd& object, const std::string& path) {
@@ -45,27 +57,42 @@ Result<void> pin(const Fd& object, const std::string& path) {
   return {};
 }
 
-/// The cgroup that Meta_Map in `directory` names. By look-up, so that it works for every layout version.
-Result<Cgroup> recorded_cgroup(const std::string& directory) {
-  const Fd map(bpf_obj_get((directory + "/Meta_Map").c_str()));
+/// The head of Meta_Map in `directory`. By look-up, so that it works for every layout version. -EPROTO: it is not ours.
+Result<meta_record> read_meta(const std::string& directory) {
+  const std::string path = directory + "/Meta_Map";
+  const Fd map(bpf_obj_get(path.c_str()));
   bpf_map_info info{};
   std::uint32_t length = sizeof info;
   if (!map || bpf_obj_get_info_by_fd(map.get(), &info, &length) != 0) {
-    return fail_errno(errno, "opening " + directory + "/Meta_Map");
-  }
-  std::vector<char> value(std::max<std::size_t>(info.value_size, sizeof(meta_record)));
-  const std::uint32_t first = 0;
-  if (info.key_size != sizeof first || bpf_map_lookup_elem(map.get(), &first, value.data()) != 0) {
-    return fail_errno(errno, "reading " + directory + "/Meta_Map");
+    return fail_errno(errno, "opening " + path);
   }
   meta_record meta{};
-  std::memcpy(&meta, value.data(), sizeof meta);
-  const std::string path(meta.cgroup_path, strnlen(meta.cgroup_path, sizeof meta.cgroup_path));
-  if (meta.magic != LAYOUT_MAGIC || path.empty()) {
+  if (info.type == BPF_MAP_TYPE_ARRAY) {  // of other types the kernel returns more than value_size
+    std::vector<char> value(std::max<std::size_t>(info.value_size, sizeof meta));
+    const std::uint32_t first = 0;
+    if (bpf_map_lookup_elem(map.get(), &first, value.data()) != 0) {
+      return fail_errno(errno, "reading " + path);
+    }
+    std::memcpy(&meta, value.data(), sizeof meta);
+  }
+  if (meta.magic != LAYOUT_MAGIC) {
+    return fail(-EPROTO, path + " is not clusterip's: use another pin path, or remove it by hand");
+  }
+  return meta;
+}
+
+/// The cgroup that Meta_Map in `directory` names.
+Result<Cgroup> recorded_cgroup(const std::string& directory) {
+  const auto meta = read_meta(directory);
+  if (!meta) {
+    return std::unexpected(meta.error());
+  }
+  const std::string path(meta->cgroup_path, strnlen(meta->cgroup_path, sizeof meta->cgroup_path));
+  if (path.empty()) {
     return fail(-ENOENT, directory + " does not say which cgroup it belongs to");
   }
   auto cgroup = open_cgroup(path);
-  if (cgroup && cgroup->id != meta.cgroup_id) {
+  if (cgroup && cgroup->id != meta->cgroup_id) {
     return fail(-ENOENT, "the cgroup " + path + " is not the one that " + directory + " was attached to");
   }
   return cgroup;
@@ -106,12 +133,19 @@ Result<PinDirectory> PinDirectory::open(std::string path) {
     path.pop_back();
   }
   const std::string parent = std::filesystem::path(path).parent_path().string();
+  if (std::filesystem::path(path).filename().string().contains('.')) {
+    return fail(-EINVAL, "the pin path " + path + ": a BPF filesystem takes no names with a dot");
+  }
   struct statfs filesystem{};
   if (statfs(parent.empty() ? "." : parent.c_str(), &filesystem) != 0) {
     return fail_errno(errno, "the pin path " + path);
   }
   if (filesystem.f_type != BPF_FS_MAGIC) {
-    return fail(-EINVAL, "the pin path " + path + " is not on a BPF filesystem (mount -t bpf bpf /sys/fs/bpf)");
+    if (statfs(path.c_str(), &filesystem) == 0 && filesystem.f_type == BPF_FS_MAGIC) {
+      return fail(-EINVAL, "the pin path " + path + " is where a BPF filesystem is mounted: name a directory below it");
+    }
+    return fail(-EINVAL,
+                "the pin path " + path + " is not on a BPF filesystem (mount -t bpf -o mode=0700 bpf /sys/fs/bpf)");
   }
   PinDirectory directory;
   directory.path_ = std::move(path);
@@ -141,6 +175,13 @@ Result<Maps> PinDirectory::open_maps() {
       }
       continue;
     }
+    struct stat directory{};
+    if (lstat(path_.c_str(), &directory) != 0) {
+      return fail(-ENOENT, "nothing is loaded at " + path_);
+    }
+    if (auto owned = check_owner(path_, directory); !owned) {
+      return std::unexpected(owned.error());
+    }
     // Each pin has an inode of its own. The same one before and after, and no next/: nothing was replaced in between.
     struct stat before{};
     struct stat after{};
@@ -161,9 +202,13 @@ Result<void> PinDirectory::lock() {
     if (mkdir(path_.c_str(), S_IRWXU) != 0 && errno != EEXIST) {
       return fail_errno(errno, "creating " + path_);
     }
-    Fd directory(::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    if (!directory) {
+    Fd directory(::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+    struct stat locked{};
+    if (!directory || fstat(directory.get(), &locked) != 0) {
       return fail_errno(errno, "opening " + path_);
+    }
+    if (auto owned = check_owner(path_, locked); !owned) {
+      return owned;
     }
     if (flock(directory.get(), LOCK_EX | LOCK_NB) != 0) {
       const int error = errno;
@@ -171,14 +216,28 @@ Result<void> PinDirectory::lock() {
                                   : fail_errno(error, "locking " + path_);
     }
     // The former writer may have removed the directory between our open() and flock().
-    struct stat locked{};
-    struct stat named{};
-    if (fstat(directory.get(), &locked) == 0 && stat(path_.c_str(), &named) == 0 && locked.st_ino == named.st_ino) {
-      lock_ = std::move(directory);
-      return recover();
+    lock_ = std::move(directory);
+    if (!check_owned()) {
+      lock_.reset();
+      continue;
     }
+    auto recovered = recover();
+    if (!recovered) {
+      lock_.reset();
+    }
+    return recovered;
   }
   return fail(-EBUSY, path_ + " is being removed by another process");
+}
+
+Result<void> PinDirectory::check_owned() const {
+  struct stat locked{};
+  struct stat named{};
+  if (fstat(lock_.get(), &locked) != 0 || lstat(path_.c_str(), &named) != 0 || locked.st_ino != named.st_ino ||
+      locked.st_dev != named.st_dev) {
+    return fail(-ESTALE, path_ + " was removed, and perhaps made again, by somebody else: close this handle");
+  }
+  return {};
 }
 
 Result<void> PinDirectory::recover() {
@@ -212,15 +271,22 @@ Result<Attachment> PinDirectory::attachment() const {
     }
     return attachment;
   }
+  // Without bpf_link, or the link's pin was removed, and with it the link.
   auto cgroup = recorded_cgroup(path_);
   if (!cgroup) {
     return std::unexpected(cgroup.error());
+  }
+  if (!is_attached(*cgroup, *id)) {
+    return fail(-ENOENT, path_ + "/" + program_name + " is not attached");
   }
   return Attachment::from_program(*cgroup, program);
 }
 
 Result<void> PinDirectory::stage(const Maps& maps, const Fd& program) {
   const std::string next = path_ + "/" + next_name;
+  if (auto owned = check_owned(); !owned) {
+    return owned;
+  }
   if (mkdir(next.c_str(), S_IRWXU) != 0) {
     return fail_errno(errno, "creating " + next);
   }
@@ -258,6 +324,11 @@ Result<void> PinDirectory::commit_staged() {
 }
 
 Result<void> PinDirectory::remove() {
+  if (has_state()) {
+    if (const auto meta = read_meta(path_); !meta) {
+      return std::unexpected(meta.error());
+    }
+  }
   discard_staged();
   // Meta_Map stands for "a fast path is pinned here": it goes first, so that what a killed process leaves is no state.
   std::vector<std::string> names = {"Meta_Map"};

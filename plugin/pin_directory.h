@@ -39,6 +39,10 @@ class PinDirectory {
   /// -EBUSY: another process is the writer.
   Result<void> lock();
   bool is_locked() const { return static_cast<bool>(lock_); }
+  void unlock() { lock_.reset(); }
+
+  /// -ESTALE: the directory that this one has locked is no longer the one at its path.
+  Result<void> check_owned() const;
 
   /// The pinned maps, all of one set, also while another process replaces them. -ENOENT: nothing is pinned here.
   Result<Maps> open_maps();

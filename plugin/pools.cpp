@@ -36,9 +36,11 @@ std::optional<std::uint32_t> ExtentPool::take(std::uint32_t size) {
     return std::nullopt;
   }
   const auto [found_size, offset] = *best;
-  remove(by_offset_.find(offset));
+  const auto extent = by_offset_.find(offset);
   if (found_size > size) {
-    add(offset + size, found_size - size);
+    change(extent, offset + size, found_size - size);
+  } else {
+    remove(extent);
   }
   return offset;
 }
@@ -53,32 +55,38 @@ bool ExtentPool::take_at(std::uint32_t offset, std::uint32_t size) {
   if (std::uint64_t{offset} + size > std::uint64_t{start} + length) {
     return false;
   }
-  remove(extent);
-  if (offset > start) {
-    add(start, offset - start);
-  }
-  if (const std::uint32_t rest = start + length - (offset + size); rest > 0) {
+  const std::uint32_t rest = start + length - (offset + size);
+  if (rest > 0 && offset > start) {
     add(offset + size, rest);
+    change(extent, start, offset - start);
+  } else if (rest > 0) {
+    change(extent, offset + size, rest);
+  } else if (offset > start) {
+    change(extent, start, offset - start);
+  } else {
+    remove(extent);
   }
   return true;
 }
 
 void ExtentPool::give_back(std::uint32_t offset, std::uint32_t size) {
   const auto after = by_offset_.find(offset + size);
+  auto before = by_offset_.lower_bound(offset);
+  before = before != by_offset_.begin() ? std::prev(before) : by_offset_.end();
+  const bool joins_before = before != by_offset_.end() && before->first + before->second == offset;
   if (after != by_offset_.end()) {
     size += after->second;
-    remove(after);
-  }
-  auto before = by_offset_.lower_bound(offset);
-  if (before != by_offset_.begin()) {
-    --before;
-    if (before->first + before->second == offset) {
-      offset = before->first;
-      size += before->second;
-      remove(before);
+    if (joins_before) {
+      remove(after);
+    } else {
+      change(after, offset, size);
     }
   }
-  add(offset, size);
+  if (joins_before) {
+    change(before, before->first, before->second + size);
+  } else if (after == by_offset_.end()) {
+    add(offset, size);
+  }
 }
 
 void ExtentPool::retire(std::uint32_t offset, std::uint32_t size) {
@@ -87,19 +95,36 @@ void ExtentPool::retire(std::uint32_t offset, std::uint32_t size) {
 }
 
 void ExtentPool::reclaim() {
-  for (const auto& [offset, size] : retired_) {
+  while (!retired_.empty()) {
+    const auto [offset, size] = retired_.back();
     give_back(offset, size);
+    retired_.pop_back();
+    retired_size_ -= size;
   }
-  retired_.clear();
-  retired_size_ = 0;
 }
 
 void ExtentPool::add(std::uint32_t offset, std::uint32_t size) {
-  by_offset_.emplace(offset, size);
-  by_size_.emplace(size, offset);
+  const auto extent = by_offset_.emplace(offset, size).first;
+  try {
+    by_size_.emplace(size, offset);
+  } catch (...) {
+    by_offset_.erase(extent);
+    throw;
+  }
 }
 
-void ExtentPool::remove(std::map<std::uint32_t, std::uint32_t>::iterator extent) {
+/// Without allocating: the nodes are used again.
+void ExtentPool::change(Extent extent, std::uint32_t offset, std::uint32_t size) {
+  auto size_node = by_size_.extract({extent->second, extent->first});
+  auto offset_node = by_offset_.extract(extent);
+  size_node.value() = {size, offset};
+  offset_node.key() = offset;
+  offset_node.mapped() = size;
+  by_size_.insert(std::move(size_node));
+  by_offset_.insert(std::move(offset_node));
+}
+
+void ExtentPool::remove(Extent extent) {
   by_size_.erase({extent->second, extent->first});
   by_offset_.erase(extent);
 }

@@ -4,6 +4,7 @@
 // becomes free by reclaim(), which the owner calls after a grace period: one serves everything retired before it.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -13,6 +14,14 @@
 #include <vector>
 
 namespace plugin {
+
+/// reserve() alone grows by no more than asked for, which would copy everything each time.
+template <class T>
+void reserve_more(std::vector<T>& vector, std::size_t more) {
+  if (vector.size() + more > vector.capacity()) {
+    vector.reserve(std::max(vector.size() + more, 2 * vector.capacity()));
+  }
+}
 
 /// Indices of equal elements: records, backends.
 class IndexPool {
@@ -24,7 +33,7 @@ class IndexPool {
   void give_back(std::uint32_t index) { free_.push_back(index); }  // nobody has seen it
   void retire(std::uint32_t index) { retired_.push_back(index); }
   /// Makes room, so that `more` calls of retire() need no memory.
-  void reserve_retired(std::size_t more) { retired_.reserve(retired_.size() + more); }
+  void reserve_retired(std::size_t more) { reserve_more(retired_, more); }
   void reclaim();
   std::uint64_t retired() const { return retired_.size(); }
   std::uint64_t capacity() const { return capacity_; }
@@ -35,7 +44,8 @@ class IndexPool {
   std::vector<std::uint32_t> retired_;
 };
 
-/// Contiguous extents of one array: blocks of slots. Best fit; neighbours that are free become one.
+/// Contiguous extents of one array: blocks of slots. Best fit; neighbours that are free become one. When memory runs
+/// out, a call throws and has done nothing.
 class ExtentPool {
  public:
   /// Everything in [first, first + capacity) is free.
@@ -46,14 +56,16 @@ class ExtentPool {
   bool take_at(std::uint32_t offset, std::uint32_t size);
   void give_back(std::uint32_t offset, std::uint32_t size);
   void retire(std::uint32_t offset, std::uint32_t size);
-  void reserve_retired(std::size_t more) { retired_.reserve(retired_.size() + more); }
+  void reserve_retired(std::size_t more) { reserve_more(retired_, more); }
   void reclaim();
   std::uint64_t retired() const { return retired_size_; }
   std::uint64_t capacity() const { return capacity_; }
 
  private:
+  using Extent = std::map<std::uint32_t, std::uint32_t>::iterator;
   void add(std::uint32_t offset, std::uint32_t size);
-  void remove(std::map<std::uint32_t, std::uint32_t>::iterator extent);
+  void change(Extent extent, std::uint32_t offset, std::uint32_t size);
+  void remove(Extent extent);
 
   std::uint32_t capacity_;
   std::map<std::uint32_t, std::uint32_t> by_offset_;           // offset -> size

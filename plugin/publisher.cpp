@@ -5,8 +5,10 @@
 #include <atomic>
 #include <boost/unordered/unordered_flat_set.hpp>
 #include <cerrno>
+#include <cstring>
 #include <ctime>
 #include <map>
+#include <new>
 #include <unordered_map>
 #include <utility>
 
@@ -44,6 +46,7 @@ std::vector<PublishedService> read_once(const Maps& maps) {
   const auto slots = maps.slots();
   std::vector<PublishedService> services;
   std::unordered_map<std::uint32_t, std::size_t> by_record;
+  std::vector<bool> in_slot(maps.backends().size());
 
   for (std::uint32_t record = 0; record < records.size(); ++record) {
     const std::uint64_t word = std::atomic_ref(records[record].word).load(std::memory_order_acquire);
@@ -51,14 +54,15 @@ std::vector<PublishedService> read_once(const Maps& maps) {
       continue;
     }
     const Block block = decode_word(word);
-    if (std::uint64_t{block.header} + block.size() > slots.size()) {
-      continue;  // damaged; adopt() says so
+    if (!block.is_within(slots.size())) {
+      continue;  // damaged; adopt() finds a key without a service
     }
     PublishedService published{
         .service = decode_service(records[record]), .record = record, .block = block, .backends = {}};
     published.service.no_backend = static_cast<config::NoBackend>(slots[block.header].header.no_backend);
     for (const auto& entry : slots.subspan(block.header + 1, block.slots)) {
       if (entry.slot.backend < maps.backends().size()) {
+        in_slot[entry.slot.backend] = true;
         published.backends.push_back(entry.slot.backend);
         published.service.backends.push_back(decode_backend(maps.backends()[entry.slot.backend]));
       }
@@ -71,7 +75,7 @@ std::vector<PublishedService> read_once(const Maps& maps) {
   // that never ended.
   const auto backends = maps.backends();
   for (std::uint32_t index = 0; index < backends.size(); ++index) {
-    if (backends[index].state != BACKEND_DRAIN) {
+    if (backends[index].state != BACKEND_DRAIN || in_slot[index]) {
       continue;
     }
     const auto owner = by_record.find(backends[index].record);
@@ -79,10 +83,8 @@ std::vector<PublishedService> read_once(const Maps& maps) {
       continue;
     }
     auto& published = services[owner->second];
-    if (std::ranges::find(published.backends, index) == published.backends.end()) {
-      published.backends.push_back(index);
-      published.service.backends.push_back(decode_backend(backends[index]));
-    }
+    published.backends.push_back(index);
+    published.service.backends.push_back(decode_backend(backends[index]));
   }
   return services;
 }
@@ -147,8 +149,8 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
   std::vector<bool> backends(capacity.backend_records());
   ExtentPool blocks(1, capacity.slots() - 1);
   auto services = read_once(maps);
-  for (const auto& published : services) {
-    const auto& [service, record, block, indices] = published;
+  for (auto& published : services) {
+    const auto& [service, record, block, indices, intact] = published;
     if (!blocks.take_at(block.header, block.size()) || maps.slots()[block.header].header.record != record) {
       return damaged("the block of service \"" + service.name + "\"");
     }
@@ -161,9 +163,14 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
       }
       backends[index] = true;
     }
-    if (service.backends.size() < block.slots) {
+    if (block_size(service) != block.size()) {
       return damaged("a slot of service \"" + service.name + "\"");
     }
+    // A process that died before it had noted a new weight leaves such a service; the next load writes it again.
+    std::vector<block_entry> expected(block.size());
+    encode_block(service, record, indices, expected);
+    published.intact =
+        std::memcmp(expected.data(), &maps.slots()[block.header], expected.size() * sizeof(block_entry)) == 0;
     records[record] = true;
   }
   for (std::uint32_t index = 0; index < backends.size(); ++index) {
@@ -258,7 +265,7 @@ Result<void> Publisher::apply(std::span<config::Service> services) {
     if (published != nullptr) {
       stays[published->record] = true;
     }
-    if (published == nullptr || !same_service(published->service, service)) {
+    if (published == nullptr || !published->intact || !same_service(published->service, service)) {
       changed.push_back(&service);
     }
   }
@@ -272,14 +279,15 @@ Result<void> Publisher::apply(std::span<config::Service> services) {
 }
 
 Result<void> Publisher::set_backends(std::string_view name, std::vector<config::Backend> backends) {
-  const config::Service* service = find(name);
-  if (service == nullptr) {
+  const auto found = by_name_.find(std::string(name));
+  if (found == by_name_.end()) {
     return fail(-ENOENT, "there is no service \"" + std::string(name) + "\"");
   }
-  if (std::ranges::equal(service->backends, backends, same_backend)) {
+  const PublishedService& published = published_[found->second];
+  if (published.intact && std::ranges::equal(published.service.backends, backends, same_backend)) {
     return {};
   }
-  config::Service changed = *service;
+  config::Service changed = published.service;
   changed.backends = std::move(backends);
   config::Service* const one[] = {&changed};
   return publish(one, {});
@@ -288,26 +296,32 @@ Result<void> Publisher::set_backends(std::string_view name, std::vector<config::
 Result<void> Publisher::publish(std::span<config::Service* const> changed, std::span<const std::uint32_t> removed) {
   erase_unused_keys();  // those that an earlier change could not delete
 
-  // 1. Write everything that is new beside what is published. Nobody sees it.
-  std::vector<Staged> staged;
-  staged.reserve(changed.size());
-  const auto undo = [&] { std::ranges::for_each(staged, [this](Staged& one) { unstage(one); }); };
-  for (config::Service* service : changed) {
-    auto one = stage(*service);
-    if (!one) {
-      undo();
-      return std::unexpected(one.error());
+  // 1. Write everything that is new beside what is published. Nobody sees it. Undone by whatever ends this early, an
+  // exception for want of memory included.
+  struct Staging {
+    Publisher& publisher;
+    std::vector<Staged> services;
+    bool undo = true;
+    ~Staging() {
+      if (undo) {
+        std::ranges::for_each(services, [this](Staged& one) { publisher.unstage(one); });
+      }
     }
-    staged.push_back(std::move(*one));
+  } staging{.publisher = *this, .services = {}};
+  auto& staged = staging.services;
+  staged.reserve(changed.size());
+  for (config::Service* service : changed) {
+    if (auto one = stage(*service, staged.emplace_back()); !one) {
+      return one;
+    }
   }
-
   reserve_for_commit(staged, removed);
 
   // 2. Insert the keys of new services: the last step that can fail. Their records still say "no service here".
   if (auto inserted = insert_new_keys(staged); !inserted) {
-    undo();
     return inserted;
   }
+  staging.undo = false;
 
   // 3. One store for each service publishes it, or takes it away.
   {
@@ -328,26 +342,24 @@ Result<void> Publisher::publish(std::span<config::Service* const> changed, std::
   return {};
 }
 
-Result<Publisher::Staged> Publisher::stage(config::Service& service) {
+/// What has been taken so far is in `staged` at each moment, so that unstage() can give it back.
+Result<void> Publisher::stage(config::Service& service, Staged& staged) {
   const PublishedService* previous = find_published(encode_key(service));
-  Staged staged{
-      .source = &service, .next = {}, .name = service.name, .is_new = previous == nullptr, .fresh = {}, .leaving = {}};
   auto& next = staged.next;
+  staged.name = service.name;
+  staged.is_new = previous == nullptr;
+  staged.source = &service;
   next.service = std::move(service);
-  const auto failed = [&](const Error& error) {
-    unstage(staged);
-    return std::unexpected(error);
-  };
 
   if (previous != nullptr) {
     next.record = previous->record;
   } else {
     auto record = take(records_);
     if (!record) {
-      service = std::move(next.service);
       return std::unexpected(record.error());
     }
     next.record = *record;
+    staged.has_record = true;
     withdraw(*maps_, encode_key(next.service), next.record);
     encode_record(next.service, maps_->records()[next.record]);
     maps_->clear_counters(next.record);
@@ -362,6 +374,7 @@ Result<Publisher::Staged> Publisher::stage(config::Service& service) {
     }
   }
   next.backends.reserve(next.service.backends.size());
+  staged.fresh.reserve(next.service.backends.size());
   for (const auto& backend : next.service.backends) {
     if (const auto found = before.find({backend.address, backend.port}); found != before.end()) {
       next.backends.push_back(found->second);
@@ -370,11 +383,12 @@ Result<Publisher::Staged> Publisher::stage(config::Service& service) {
     }
     auto index = take(backends_);
     if (!index) {
-      return failed(index.error());
+      return std::unexpected(index.error());
     }
     staged.fresh.push_back(*index);
     next.backends.push_back(*index);
     maps_->backends()[*index] = encode_backend(backend, next.record);
+    maps_->backends()[*index].state = BACKEND_UNUSED;  // until it is published
     maps_->clear_counters(maps_->backend_stats(*index));
   }
   for (const auto& [endpoint, index] : before) {
@@ -384,23 +398,28 @@ Result<Publisher::Staged> Publisher::stage(config::Service& service) {
   const std::uint32_t size = block_size(next.service);
   auto header = take(blocks_, size);
   if (!header) {
-    return failed(header.error());
+    return std::unexpected(header.error());
   }
   next.block = {.header = *header, .slots = size - 1};
   encode_block(next.service, next.record, next.backends, maps_->slots().subspan(*header, size));
-  return staged;
+  return {};
 }
 
-void Publisher::unstage(Staged& staged) {
+void Publisher::unstage(Staged& staged) noexcept {
+  if (staged.source == nullptr) {
+    return;
+  }
   for (const std::uint32_t index : staged.fresh) {
-    maps_->backends()[index].state = BACKEND_UNUSED;
     backends_.give_back(index);
   }
-  if (staged.next.block.header != 0) {
-    blocks_.give_back(staged.next.block.header, staged.next.block.size());
-  }
-  if (staged.is_new) {
+  if (staged.has_record) {
     records_.give_back(staged.next.record);
+  }
+  if (staged.next.block.header != 0) {
+    try {
+      blocks_.give_back(staged.next.block.header, staged.next.block.size());
+    } catch (const std::bad_alloc&) {  // these slots are lost until the maps are made anew
+    }
   }
   *staged.source = std::move(staged.next.service);
 }
@@ -437,7 +456,7 @@ void Publisher::reserve_for_commit(const std::vector<Staged>& staged, std::span<
   backends_.reserve_retired(leaving);
   blocks_.reserve_retired(staged.size() + removed.size());
   records_.reserve_retired(unused_keys_.size() + removed.size());
-  unused_keys_.reserve(unused_keys_.size() + 2 * removed.size());
+  reserve_more(unused_keys_, 2 * removed.size());
   by_key_.reserve(by_key_.size() + staged.size());
   by_name_.reserve(by_name_.size() + staged.size());
   vips_.reserve(vips_.size() + staged.size());
@@ -447,12 +466,12 @@ void Publisher::commit(Staged& staged) {
   auto& next = staged.next;
   plugin::publish(*maps_, encode_key(next.service), next.record, next.block);
 
+  // What only people read: names, weights, states.
+  for (std::size_t i = 0; i < next.backends.size(); ++i) {
+    maps_->backends()[next.backends[i]] = encode_backend(next.service.backends[i], next.record);
+  }
   if (!staged.is_new) {
-    // What only people read: names, weights, states.
     encode_name(next.service.name, maps_->records()[next.record]);
-    for (std::size_t i = 0; i < next.backends.size(); ++i) {
-      maps_->backends()[next.backends[i]] = encode_backend(next.service.backends[i], next.record);
-    }
     const PublishedService& previous = published_[next.record];
     blocks_.retire(previous.block.header, previous.block.size());
     for (const std::uint32_t index : staged.leaving) {

@@ -27,6 +27,7 @@ struct PublishedService {
   std::uint32_t record = 0;
   Block block;
   std::vector<std::uint32_t> backends;  // the Backend_Map index of each of service.backends
+  bool intact = true;                   // the block is what this service's would be; adoption finds out
 };
 
 /// Everything that is published, read from the maps alone. Safe beside a publisher in another process: what it sees of
@@ -57,10 +58,11 @@ class Publisher {
  private:
   /// A service that is written beside what is published, ready to be published.
   struct Staged {
-    config::Service* source = nullptr;  // where next.service came from
+    config::Service* source = nullptr;  // where next.service came from; null: nothing is staged yet
     PublishedService next;
     std::string name;  // a copy for by_name_
     bool is_new = false;
+    bool has_record = false;
     std::vector<std::uint32_t> fresh;    // those of next.backends that were taken for it
     std::vector<std::uint32_t> leaving;  // backend indices that only the published one has
   };
@@ -68,8 +70,8 @@ class Publisher {
   Publisher(Maps& maps, GracePeriod grace, IndexPool records, IndexPool backends, ExtentPool blocks);
 
   Result<void> publish(std::span<config::Service* const> changed, std::span<const std::uint32_t> removed);
-  Result<Staged> stage(config::Service& service);
-  void unstage(Staged& staged);
+  Result<void> stage(config::Service& service, Staged& staged);
+  void unstage(Staged& staged) noexcept;
   void reserve_for_commit(const std::vector<Staged>& staged, std::span<const std::uint32_t> removed);
   void commit(Staged& staged);
   void remove(std::uint32_t record);
