@@ -22,6 +22,9 @@
  *     -EPERM       privileges are missing (CAP_BPF and CAP_NET_ADMIN, or root; a memory-lock limit before Linux 5.11)
  *     -EBADMSG     the configuration has mistakes; line and column say where the first one is
  *     -EBUSY       another process owns the pinned state at this pin path
+ *     -ESTALE      the pins were removed behind this handle's back: close it
+ *     -EPROTO      pinned state that is damaged, of another version, or not ours
+ *     -ENOTRECOVERABLE  a bug of this library, with what it knows of it
  *     -EINVAL      a misuse of this interface
  *   Others come from the kernel and are explained by the message.
  * - Ownership: strings and structs belong to the caller and are not kept; what a visitor is given is valid only until
