@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
 // The `clusterip` command: exit codes, and what its output must hold.
+#include <sys/stat.h>
 #include <sys/syscall.h>
 
 #include <algorithm>
@@ -226,6 +227,33 @@ TEST_F(Command, MissingCgroupExitsWith4) {
   EXPECT_TRUE(
       fails_in_one_line(cannot, clusterip({"load", "--config", file, "--cgroup", directory_.path(), "--pin", pin()})));
   EXPECT_FALSE(std::filesystem::exists(pin()));
+}
+
+TEST_F(Command, EmptyPathsAreUsageErrors) {
+  const std::string file = directory_.write("services.toml", toml({}));
+  for (const auto& words : {std::vector<std::string>{"load", "--config", file, "--cgroup", "", "--pin", pin()},
+                            {"load", "--config", file, "--cgroup", cgroup().path(), "--pin", ""},
+                            {"load", "--config", file, "--cgroup=", "--pin", pin()}}) {
+    // Were it taken for the whole host, it would not get there.
+    const auto unable_to_attach = [] {
+      forbid({{SYS_bpf, BPF_LINK_CREATE, EPERM}, {SYS_bpf, BPF_PROG_ATTACH, EPERM}});
+    };
+    EXPECT_TRUE(fails_in_one_line(usage, Process(command(words), nullptr, unable_to_attach).wait()))
+        << testing::PrintToString(words);
+    EXPECT_TRUE(connect4_programs(cgroup()).empty());
+    EXPECT_FALSE(std::filesystem::exists(pin()));
+  }
+}
+
+TEST_F(Command, UnloadKeepsForeignPins) {
+  ASSERT_TRUE(std::filesystem::create_directory(pin()));
+  ASSERT_EQ(::chmod(pin().c_str(), 0700), 0);
+  const std::string map = pin() + "/Meta_Map";
+  pin_foreign_map(map);
+  const Finished unloaded = unload();
+  EXPECT_TRUE(fails_in_one_line(1, unloaded));
+  EXPECT_TRUE(contains(unloaded.err, map)) << unloaded.err;
+  EXPECT_TRUE(std::filesystem::remove(map));
 }
 
 TEST_F(Command, PinPathOutsideTheBpfFilesystemExitsWith4) {

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
 // The fast path outlives the process that made it.
+#include <arpa/inet.h>
 #include <fmt/format.h>
 #include <poll.h>
 
 #include <algorithm>
+#include <cstring>
 #include <filesystem>
 #include <memory>
 #include <set>
@@ -21,6 +23,26 @@ class Pin : public Integration {
   /// Another process makes the fast path live and ends.
   void pin_from_another_process(const std::string& text) {
     ASSERT_EQ(in_child([&] { const Handle handle = serve(text, pinned()); }), "");
+  }
+
+  /// The index in Record_Map of the service of this name.
+  static std::uint32_t record_of(const Fd& records, const std::string& name) {
+    for (std::uint32_t record = 0;; ++record)  // ends, with an exception, behind the last one
+      if (const auto value = read_element<service_record>(records, record); value.word != 0 && value.name == name)
+        return record;
+  }
+
+  /// The backends that 1,000 resolutions give for 10.96.0.1:80.
+  static std::set<std::string> resolved_backends(Handle& handle) {
+    std::set<std::string> addresses;
+    for (int i = 0; i < 1'000; ++i) {
+      clusterip_resolution seen;
+      require_ok(handle.resolve("10.96.0.1", 80, seen));
+      sockaddr_in backend{};
+      std::memcpy(&backend, &seen.backend, sizeof backend);
+      addresses.insert(::inet_ntoa(backend.sin_addr));
+    }
+    return addresses;
   }
 
   void remove_all_of_ours() { EXPECT_TRUE(ok(Handle(plugin(), pinned()).detach())); }
@@ -316,16 +338,10 @@ TEST_F(Pin, StateOfAnotherLayoutIsRefusedServesOnAndCanBeRemoved) {
   pin_from_another_process(text);
   {
     const Fd map = pinned_map(pin(), "Meta_Map");
-    meta_record meta{};
-    const std::uint32_t first = 0;
-    bpf_attr attr{};
-    attr.map_fd = static_cast<std::uint32_t>(map.get());
-    attr.key = reinterpret_cast<std::uint64_t>(&first);
-    attr.value = reinterpret_cast<std::uint64_t>(&meta);
-    ASSERT_EQ(bpf(BPF_MAP_LOOKUP_ELEM, attr), 0);
+    auto meta = read_element<meta_record>(map, 0);
     ASSERT_EQ(meta.version, std::uint32_t{LAYOUT_VERSION});
     ++meta.version;
-    ASSERT_EQ(bpf(BPF_MAP_UPDATE_ELEM, attr), 0);
+    write_element(map, 0, meta);
   }
   Handle handle(plugin(), pinned());
   const Outcome outcome = handle.load(text);
@@ -334,6 +350,148 @@ TEST_F(Pin, StateOfAnotherLayoutIsRefusedServesOnAndCanBeRemoved) {
   EXPECT_THROW(handle.visit(), std::runtime_error);
   EXPECT_EQ(ask("10.96.0.1", 80), answered_by("server"));
   EXPECT_TRUE(ok(handle.detach()));
+  EXPECT_TRUE(connect4_programs(cgroup()).empty());
+  EXPECT_FALSE(std::filesystem::exists(pin()));
+}
+
+TEST_F(Pin, DamagedWordIsSkippedAndTheNextLoadHealsIt) {
+  const NamedServer one("one"), other("other");
+  const std::string text =
+      toml({{"web", "10.96.0.1", 80, {backend(one)}}, {"other", "10.96.0.2", 80, {backend(other)}}});
+  for (const std::uint64_t word :
+       {std::uint64_t{0xffffffff'00000001}, std::uint64_t{0x00000001'00000000}, std::uint64_t{0x00000001'ffffffff},
+        std::uint64_t{0x00000001'00ffffff}, std::uint64_t{0xffffffff'ffffffff}}) {
+    SCOPED_TRACE(fmt::format("{:#x}", word));
+    pin_from_another_process(text);
+    const auto damage = [&] {
+      const Fd records = pinned_map(pin(), "Record_Map");
+      const std::uint32_t record = record_of(records, "web");
+      auto value = read_element<service_record>(records, record);
+      value.word = word;
+      write_element(records, record, value);
+    };
+    damage();
+    EXPECT_EQ(in_child([&] {
+                Handle handle(plugin(), pinned());
+                const auto seen = handle.visit();
+                require(seen.size() == 1 && seen[0].name == "other", "visit");
+                clusterip_resolution resolution;
+                const Outcome resolved = handle.resolve("10.96.0.1", 80, resolution);
+                require(resolved.code == -EPROTO && !resolved.message.empty(), "resolve: " + resolved.message);
+                require_ok(handle.load(text));
+                require(ask("10.96.0.1", 80) == answered_by("one"), "the damaged service does not serve again");
+                require(ask("10.96.0.2", 80) == answered_by("other"), "the other service does not serve");
+              }),
+              "");
+    damage();
+    remove_all_of_ours();
+    EXPECT_TRUE(connect4_programs(cgroup()).empty());
+    EXPECT_FALSE(std::filesystem::exists(pin()));
+  }
+}
+
+TEST_F(Pin, SlotThatLeadsToAForeignBackendIsHealedByTheNextLoad) {
+  const NamedServer one("one", "127.0.0.1"), two("two", "127.0.0.2"), foreign("foreign", "127.0.0.3");
+  // Unequal weights, so that both the column and its alias are drawn.
+  const std::string text = toml(
+      {{"web", "10.96.0.1", 80, {backend(one, 1), backend(two, 3)}}, {"other", "10.96.0.2", 80, {backend(foreign)}}});
+  pin_from_another_process(text);
+  {
+    const Fd records = pinned_map(pin(), "Record_Map"), slots = pinned_map(pin(), "Slot_Map");
+    const auto word_of = [&](const std::string& name) {
+      return read_element<service_record>(records, record_of(records, name)).word;
+    };
+    const auto header = static_cast<std::uint32_t>(word_of("web"));
+    ASSERT_EQ(word_of("web") >> 32, 2u);
+    const auto theirs = read_element<slot>(slots, static_cast<std::uint32_t>(word_of("other")) + 1);
+    for (const std::uint32_t index : {header + 1, header + 2}) {
+      auto changed = read_element<slot>(slots, index);
+      changed.alias = theirs.backend;
+      write_element(slots, index, changed);
+    }
+  }
+  Handle handle(plugin(), pinned());
+  ASSERT_TRUE(resolved_backends(handle).contains("127.0.0.3")) << "the damage does not show";
+  ASSERT_TRUE(ok(handle.load(text)));
+  EXPECT_EQ(resolved_backends(handle), (std::set<std::string>{"127.0.0.1", "127.0.0.2"}));
+  for (int i = 0; i < 100; ++i) ASSERT_NE(ask("10.96.0.1", 80), answered_by("foreign"));
+  EXPECT_TRUE(ok(handle.detach()));
+}
+
+TEST_F(Pin, LoadThatRanOutOfFilesCanBeRepeatedOnTheSameHandle) {
+  const NamedServer one("one"), two("two");
+  const auto text = [](const NamedServer& server) { return toml({{"web", "10.96.0.1", 80, {backend(server)}}}); };
+  pin_from_another_process(text(one));
+  EXPECT_EQ(in_child([&] {
+              unsigned failed = 0;
+              for (unsigned files = 0; files < 16; ++files) {
+                Handle handle(plugin(), pinned());
+                Outcome outcome;
+                {
+                  const FewFiles few(files);
+                  outcome = handle.load(text(two));
+                }
+                if (outcome.code != 0) {
+                  ++failed;
+                  require(outcome.code == -EMFILE && !outcome.message.empty(),
+                          std::to_string(outcome.code) + " " + outcome.message);
+                  require(ask("10.96.0.1", 80) == answered_by("one"), "a failed load changed what serves");
+                  require_ok(handle.load(text(two)));
+                }
+                require(ask("10.96.0.1", 80) == answered_by("two"), "what was loaded is not served");
+                require_ok(handle.load(text(one)));
+              }
+              require(failed > 2 && failed < 16, std::to_string(failed) + " loads failed");
+            }),
+            "");
+  remove_all_of_ours();
+}
+
+TEST_F(Pin, LoadThatMissedAPinCanBeRepeatedOnTheSameHandle) {
+  const NamedServer one("one"), two("two");
+  pin_from_another_process(toml({{"web", "10.96.0.1", 80, {backend(one)}}}));
+  const std::string changed = toml({{"web", "10.96.0.1", 80, {backend(two)}}});
+  const std::string pinned_there = pin() + "/Slot_Map", aside = std::string(bpffs) + "/aside";
+  std::filesystem::rename(pinned_there, aside);
+  Handle handle(plugin(), pinned());
+  EXPECT_TRUE(fails_with(-EPROTO, handle.load(changed)));
+  EXPECT_TRUE(fails_with(-EPROTO, handle.attach()));
+  EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one"));
+  std::filesystem::rename(aside, pinned_there);
+  ASSERT_TRUE(ok(handle.load(changed)));
+  EXPECT_EQ(ask("10.96.0.1", 80), answered_by("two"));
+  EXPECT_TRUE(ok(handle.detach()));
+}
+
+TEST_F(Pin, HandleWhosePinsWereRemovedTouchesNobodyElses) {
+  const NamedServer one("one"), two("two");
+  {
+    Handle stale = serve(toml({{"web", "10.96.0.1", 80, {backend(one)}}}), pinned());
+    std::filesystem::remove_all(pin());
+    pin_from_another_process(toml({{"web", "10.96.0.1", 80, {backend(two)}}}));
+    EXPECT_TRUE(fails_with(-ESTALE, stale.attach()));
+    EXPECT_TRUE(fails_with(-ESTALE, stale.detach()));
+    Handle current(plugin(), pinned());
+    EXPECT_EQ(current.visit().size(), 1u);
+  }
+  EXPECT_TRUE(eventually([&] { return connect4_programs(cgroup()).size() == 1; }));
+  EXPECT_EQ(ask("10.96.0.1", 80), answered_by("two"));
+  remove_all_of_ours();
+  EXPECT_TRUE(connect4_programs(cgroup()).empty());
+}
+
+TEST_F(Pin, RemovedLinkIsMadeAgain) {
+  const NamedServer one("one");
+  const std::string text = toml({{"web", "10.96.0.1", 80, {backend(one)}}});
+  pin_from_another_process(text);
+  const std::string link = pin() + "/sock4_connect_link";
+  ASSERT_TRUE(std::filesystem::remove(link));
+  ASSERT_TRUE(eventually([&] { return connect4_programs(cgroup()).empty(); }));
+  pin_from_another_process(text);
+  EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one")) << "it outlives its process";
+  EXPECT_TRUE(std::filesystem::exists(link));
+  EXPECT_EQ(objects_of(cgroup()).links.size(), 1u);
+  remove_all_of_ours();
   EXPECT_TRUE(connect4_programs(cgroup()).empty());
   EXPECT_FALSE(std::filesystem::exists(pin()));
 }

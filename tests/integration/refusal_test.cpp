@@ -2,8 +2,11 @@
 //
 // Where the kernel, the privileges or the paths do not allow it: one clear line, the right errno, nothing half done;
 // where there is another way, the fast path takes it.
+#include <linux/capability.h>
 #include <linux/membarrier.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 
 #include <filesystem>
 
@@ -43,6 +46,56 @@ TEST_F(Refusal, WithoutCapabilitiesIsNotPermitted) {
             }),
             "");
   expect_nothing_of_ours();
+}
+
+TEST_F(Refusal, TwoCapabilitiesAreEnough) {
+  const NamedServer one("one"), two("two");
+  EXPECT_EQ(in_child([&] {
+              drop_capabilities_except({CAP_BPF, CAP_NET_ADMIN});
+              Handle handle = serve(text(one), pinned());
+              require(ask("10.96.0.1", 80) == answered_by("one"), "not served");
+              require_ok(handle.canary());
+              require_ok(handle.load(text(two)));
+              require(ask("10.96.0.1", 80) == answered_by("two"), "not changed");
+            }),
+            "");
+  EXPECT_EQ(in_child([&] {
+              drop_capabilities_except({CAP_BPF, CAP_NET_ADMIN});
+              Handle handle(plugin(), pinned());
+              require_ok(handle.load(text(one)));
+              require(ask("10.96.0.1", 80) == answered_by("one"), "not adopted");
+              require_ok(handle.canary());
+              require_ok(handle.detach());
+            }),
+            "");
+  expect_nothing_of_ours();
+}
+
+TEST_F(Refusal, DirectoryThatOthersCanWriteToIsNoPinPath) {
+  const NamedServer server("server");
+  const struct {
+    uid_t owner;
+    mode_t mode;
+  } directories[] = {{65534, 0700}, {0, 0720}, {0, 0702}, {0, 0777}};
+  for (const auto& [owner, mode] : directories) {
+    SCOPED_TRACE(std::to_string(owner) + " " + std::to_string(mode));
+    ASSERT_TRUE(std::filesystem::create_directory(pin()));
+    ASSERT_EQ(::chmod(pin().c_str(), mode), 0);
+    ASSERT_EQ(::chown(pin().c_str(), owner, 0), 0);
+    Handle handle(plugin(), pinned());
+    EXPECT_TRUE(fails_with(-EPERM, handle.load(text(server))));
+    EXPECT_TRUE(fails_with(-EPERM, handle.attach()));
+    EXPECT_TRUE(std::filesystem::is_empty(pin()));
+    EXPECT_TRUE(connect4_programs(cgroup()).empty());
+    EXPECT_EQ(ask("10.96.0.1", 80), refused_with(ENETUNREACH));
+
+    ASSERT_TRUE(std::filesystem::remove(pin())) << "as the message says";
+    ASSERT_TRUE(ok(handle.load(text(server))));
+    ASSERT_TRUE(ok(handle.attach()));
+    EXPECT_EQ(ask("10.96.0.1", 80), answered_by("server"));
+    EXPECT_TRUE(ok(handle.detach()));
+    expect_nothing_of_ours();
+  }
 }
 
 TEST_F(Refusal, CheckNeedsNoCapabilities) {
@@ -293,6 +346,24 @@ TEST_F(Refusal, MissingPathsOfTheEngineTableAreNotFound) {
         "[engine]\ncgroup = \"" + cgroup().path() + "\"\npin = \"" + bpffs + "/missing/pin\"\n"}) {
     Handle handle(plugin(), {{}, {}, CLUSTERIP_ENGINE_TABLE});
     EXPECT_TRUE(fails_with(-ENOENT, handle.load(engine + text(server))));
+    expect_nothing_of_ours();
+  }
+}
+
+TEST_F(Refusal, PathsOfATextThatFailedAreForgotten) {
+  const NamedServer server("server");
+  const auto engine = [](const std::string& cgroup, const std::string& pin) {
+    return "[engine]\ncgroup = \"" + cgroup + "\"\npin = \"" + pin + "\"\n";
+  };
+  for (const std::string& mistaken : {engine("/nonexistent", pin()), engine("/nonexistent", pin() + "_other"),
+                                      engine(cgroup().path(), std::string(bpffs) + "/missing/pin")}) {
+    Handle handle(plugin(), {{}, {}, CLUSTERIP_ENGINE_TABLE});
+    EXPECT_TRUE(fails_with(-ENOENT, handle.load(mistaken + text(server))));
+    ASSERT_TRUE(ok(handle.load(engine(cgroup().path(), pin()) + text(server)))) << mistaken;
+    ASSERT_TRUE(ok(handle.attach()));
+    EXPECT_EQ(ask("10.96.0.1", 80), answered_by("server"));
+    EXPECT_TRUE(std::filesystem::exists(pin()));
+    ASSERT_TRUE(ok(handle.detach()));
     expect_nothing_of_ours();
   }
 }

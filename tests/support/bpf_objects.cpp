@@ -106,6 +106,19 @@ Fd pinned_map(const std::string& directory, const std::string& name) {
   throw std::runtime_error("no " + name + " is pinned below " + directory);
 }
 
+void pin_foreign_map(const std::string& path) {
+  bpf_attr create{};
+  create.map_type = BPF_MAP_TYPE_ARRAY;
+  create.key_size = sizeof(std::uint32_t);
+  create.value_size = 64;
+  create.max_entries = 4;
+  const Fd map(checked(bpf(BPF_MAP_CREATE, create), "BPF_MAP_CREATE"));
+  bpf_attr pin{};
+  pin.pathname = pointer(path.c_str());
+  pin.bpf_fd = static_cast<std::uint32_t>(map.get());
+  checked(bpf(BPF_OBJ_PIN, pin), path);
+}
+
 BpfObjects objects_of(const Cgroup& cgroup) {
   BpfObjects result;
   for (const std::uint32_t id : connect4_programs(cgroup)) {

@@ -27,6 +27,30 @@ std::string program_name(std::uint32_t program);
 /// The map of this name among the pins below a directory. Throws when there is none.
 Fd pinned_map(const std::string& directory, const std::string& name);
 
+/// An element of an array map.
+template <class T>
+T read_element(const Fd& map, std::uint32_t index) {
+  T value{};
+  bpf_attr attr{};
+  attr.map_fd = static_cast<std::uint32_t>(map.get());
+  attr.key = reinterpret_cast<std::uint64_t>(&index);
+  attr.value = reinterpret_cast<std::uint64_t>(&value);
+  checked(bpf(BPF_MAP_LOOKUP_ELEM, attr), "BPF_MAP_LOOKUP_ELEM");
+  return value;
+}
+
+template <class T>
+void write_element(const Fd& map, std::uint32_t index, const T& value) {
+  bpf_attr attr{};
+  attr.map_fd = static_cast<std::uint32_t>(map.get());
+  attr.key = reinterpret_cast<std::uint64_t>(&index);
+  attr.value = reinterpret_cast<std::uint64_t>(&value);
+  checked(bpf(BPF_MAP_UPDATE_ELEM, attr), "BPF_MAP_UPDATE_ELEM");
+}
+
+/// Somebody else's array map, pinned there.
+void pin_foreign_map(const std::string& path);
+
 /// What hangs on a cgroup: programs at connect4, their maps, and the links to the cgroup.
 struct BpfObjects {
   std::set<std::uint32_t> programs;

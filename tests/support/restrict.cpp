@@ -8,7 +8,9 @@
 #include <linux/securebits.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
 
 #include "tests/support/fd.h"
@@ -42,11 +44,28 @@ void forbid(const std::vector<Forbidden>& calls) {
   checked(::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program), "PR_SET_SECCOMP");
 }
 
-void drop_capabilities() {
-  checked(::prctl(PR_SET_SECUREBITS, SECBIT_NOROOT | SECBIT_NOROOT_LOCKED), "PR_SET_SECUREBITS");
+void drop_capabilities_except(std::initializer_list<unsigned> kept) {
   __user_cap_header_struct header{_LINUX_CAPABILITY_VERSION_3, 0};
-  __user_cap_data_struct none[2] = {};
-  checked(::syscall(SYS_capset, &header, none), "capset");
+  __user_cap_data_struct data[2] = {};
+  for (const unsigned capability : kept) {
+    data[capability / 32].effective |= 1u << capability % 32;
+    data[capability / 32].permitted |= 1u << capability % 32;
+  }
+  checked(::prctl(PR_SET_SECUREBITS, SECBIT_NOROOT | SECBIT_NOROOT_LOCKED), "PR_SET_SECUREBITS");
+  // Of the capabilities that this kernel knows; the next number is none.
+  for (unsigned capability = 0; ::prctl(PR_CAPBSET_READ, capability) >= 0; ++capability)
+    if (std::ranges::find(kept, capability) == kept.end())
+      checked(::prctl(PR_CAPBSET_DROP, capability), "PR_CAPBSET_DROP");
+  checked(::syscall(SYS_capset, &header, data), "capset");
 }
+
+FewFiles::FewFiles(unsigned more) {
+  checked(::getrlimit(RLIMIT_NOFILE, &before_), "RLIMIT_NOFILE");
+  const Fd next(checked(::dup(STDIN_FILENO), "dup"));  // the lowest that is free
+  const rlimit few{static_cast<rlim_t>(next.get()) + more, before_.rlim_max};
+  checked(::setrlimit(RLIMIT_NOFILE, &few), "RLIMIT_NOFILE");
+}
+
+FewFiles::~FewFiles() { ::setrlimit(RLIMIT_NOFILE, &before_); }
 
 }  // namespace support

@@ -3,7 +3,10 @@
 // Take rights from this process, for good: only to be called in a child.
 #pragma once
 
+#include <sys/resource.h>
+
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -18,7 +21,20 @@ struct Forbidden {
 
 void forbid(const std::vector<Forbidden>& calls);
 
-/// All capabilities, also those that a program run by root would regain.
-void drop_capabilities();
+/// All capabilities but these, also those that a program run by root would regain. Of the bounding set, too.
+void drop_capabilities_except(std::initializer_list<unsigned> kept);
+inline void drop_capabilities() { drop_capabilities_except({}); }
+
+/// So many more files can be opened, beside those that are open now, while this lives.
+class FewFiles {
+ public:
+  explicit FewFiles(unsigned more);
+  ~FewFiles();
+  FewFiles(const FewFiles&) = delete;
+  FewFiles& operator=(const FewFiles&) = delete;
+
+ private:
+  rlimit before_{};
+};
 
 }  // namespace support
