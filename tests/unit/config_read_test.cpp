@@ -689,5 +689,10 @@ TEST(Names, AreSpeltAsInTheFile) {
   EXPECT_EQ(name_of(no_backend_names, NoBackend::unreachable), "unreachable");
 }
 
+// As long as it takes to read a string of quotes once, not once for each.
+TEST(ReadConfig, ReadsAMillionQuotesOnce) {
+  EXPECT_THAT(mistakes_of("a=\"\"\"" + std::string(1'000'000, '"')), testing::SizeIs(1));
+}
+
 }  // namespace
 }  // namespace config

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -79,6 +80,24 @@ TEST(Render, CutsLongLinesAroundTheColumn) {
   }
   EXPECT_THAT(rendered(line, 1, 501), testing::HasSubstr("\n...aaa"));
   EXPECT_THAT(rendered(line, 1, 501), testing::HasSubstr("bbb...\n"));
+}
+
+TEST(Render, CutsAHugeLineAroundTheColumn) {
+  constexpr std::size_t half = 2'000'000;
+  for (const std::string character : {"a", "\xc3\xa4", "\xf0\x9f\x98\x80"}) {
+    std::string line;
+    for (std::size_t i = 0; i < 2 * half; ++i) line += i == half ? "X" : character;
+    std::istringstream shown(rendered(line, 1, half + 1));
+    std::string head, source, caret;
+    std::getline(shown, head);
+    std::getline(shown, source);
+    std::getline(shown, caret);
+    const auto columns = [](std::string_view text) {
+      return std::ranges::count_if(text, [](char byte) { return (static_cast<unsigned char>(byte) & 0xc0) != 0x80; });
+    };
+    EXPECT_LE(columns(source), 120);
+    EXPECT_EQ(caret, std::string(static_cast<std::size_t>(columns(source.substr(0, source.find('X')))), ' ') + "^");
+  }
 }
 
 TEST(Render, ShowsALineOf120ColumnsWhole) {
