@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
-#include <unordered_map>
 #include <utility>
 
 #include "balance/alias_table.h"
@@ -46,27 +45,21 @@ std::size_t count_backends(std::span<const config::Service> services) {
 }
 
 /// What has been counted so far goes on counting when new maps take the place of the old.
-void carry_counters(const Maps& from, const Maps& to) {
-  std::unordered_map<Key, PublishedService, KeyHash> before;
-  for (auto& published : read_published(from)) {
-    const Key key = encode_key(published.service);
-    before.emplace(key, std::move(published));
-  }
-  for (const auto& published : read_published(to)) {
-    const auto found = before.find(encode_key(published.service));
-    if (found == before.end()) {
+void carry_counters(const Maps& from, const Maps& to, const Publisher& publisher) {
+  for (const auto& old : read_published(from)) {
+    const PublishedService* now = publisher.find_published(encode_key(old.service));
+    if (now == nullptr) {
       continue;
     }
-    const auto& old = found->second;
-    to.add_counters(published.record, from.read_counters(old.record));
-    std::map<std::pair<config::Address, std::uint16_t>, std::uint32_t> old_index;
-    for (std::size_t i = 0; i < old.backends.size(); ++i) {
-      old_index.emplace(std::pair(old.service.backends[i].address, old.service.backends[i].port), old.backends[i]);
+    to.add_counters(now->record, from.read_counters(old.record));
+    std::map<std::pair<config::Address, std::uint16_t>, std::uint32_t> index_now;
+    for (std::size_t i = 0; i < now->backends.size(); ++i) {
+      index_now.emplace(std::pair(now->service.backends[i].address, now->service.backends[i].port), now->backends[i]);
     }
-    for (std::size_t i = 0; i < published.backends.size(); ++i) {
-      const auto& backend = published.service.backends[i];
-      if (const auto same = old_index.find({backend.address, backend.port}); same != old_index.end()) {
-        to.add_counters(to.backend_stats(published.backends[i]), from.read_counters(from.backend_stats(same->second)));
+    for (std::size_t i = 0; i < old.backends.size(); ++i) {
+      const auto& backend = old.service.backends[i];
+      if (const auto same = index_now.find({backend.address, backend.port}); same != index_now.end()) {
+        to.add_counters(to.backend_stats(same->second), from.read_counters(from.backend_stats(old.backends[i])));
       }
     }
   }
@@ -208,7 +201,7 @@ Result<void> BpfEngine::adopt_replacement(std::unique_ptr<State> next) {
     }
     // Nothing counts in the old maps any more once the programs that run now have ended.
     if (const auto grace = GracePeriod::create(); grace && grace->wait()) {
-      carry_counters(state_->maps, next->maps);
+      carry_counters(state_->maps, next->maps, *next->publisher);
     }
   }
   state_ = std::move(next);

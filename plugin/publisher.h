@@ -50,6 +50,7 @@ class Publisher {
   /// Replaces the backends of one service, at a cost that depends on this service only. -ENOENT: no such service.
   Result<void> set_backends(std::string_view service, std::vector<config::Backend> backends);
 
+  const PublishedService* find_published(const Key& key) const;
   const config::Service* find(std::string_view name) const;
   const config::Service* find(const Key& key) const;
   std::vector<config::Service> services() const;
@@ -84,8 +85,6 @@ class Publisher {
   template <class Pool, class... Size>
   Result<std::uint32_t> take(Pool& pool, Size... size);
   Result<void> reclaim();
-
-  const PublishedService* find_published(const Key& key) const;
 
   // A pointer, so that a Publisher can be moved; the maps outlive it.
   Maps* maps_;
