@@ -2,7 +2,7 @@
 //
 // The plain model of a configuration: what the TOML file says, with its defaults filled in. There is no second model:
 // both engines, the health checks and every other source of services speak in these types. Addresses and ports are in
-// host byte order; DESIGN of each key: docs/configuration.md.
+// host byte order; meaning of each key: docs/configuration.md.
 #pragma once
 
 #include <boost/asio/ip/address.hpp>

@@ -14,6 +14,9 @@
  *     ...
  *     clusterip_close(handle);
  *
+ * With NULL options this attaches to the root of the hierarchy, that is to every process of the host, for as long as the
+ * handle is open.
+ *
  * Rules that hold for every function:
  *
  * - Result: 0, or a negative errno. If an error struct is given, it is filled on failure and left alone on success.
