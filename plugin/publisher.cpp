@@ -418,7 +418,8 @@ void Publisher::unstage(Staged& staged) noexcept {
   if (staged.next.block.header != 0) {
     try {
       blocks_.give_back(staged.next.block.header, staged.next.block.size());
-    } catch (const std::bad_alloc&) {  // these slots are lost until the maps are made anew
+    } catch (const std::bad_alloc&) {
+      staged.next.block = {};  // these slots are lost until the maps are made anew
     }
   }
   *staged.source = std::move(staged.next.service);
