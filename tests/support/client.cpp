@@ -5,6 +5,7 @@
 #include <sys/socket.h>
 #include <sys/time.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <ostream>
@@ -58,27 +59,39 @@ Answer ask(const std::string& address, std::uint16_t port) {
   return read_answer(fd.get());
 }
 
-Asker::Asker(std::string address, std::uint16_t port)
-    : thread_([this, address = std::move(address), port] {
-        while (!stopping_) {
-          const Answer answer = ask(address, port);
-          ++seen_[answer.error != 0 ? ::strerrorname_np(answer.error) : answer.text];
-          ++answers_;
-          answers_.notify_all();
-        }
-      }) {}
+Asker::Asker(std::string address, std::uint16_t port) {
+  seen_.reserve(16);  // more different answers than any test has
+  thread_ = std::thread([this, address = std::move(address), port] {
+    while (!stopping_) {
+      const Answer answer = ask(address, port);
+      count(answer.error != 0 ? ::strerrorname_np(answer.error) : answer.text);
+      ++answers_;
+      answers_.notify_all();
+    }
+  });
+  wait_until(1);
+}
 
 Asker::~Asker() { stop(); }
 
-void Asker::wait_for(std::uint64_t more) const {
-  const std::uint64_t goal = answers_ + more;
-  for (std::uint64_t now = answers_; now < goal; now = answers_) answers_.wait(now);
+void Asker::count(const std::string& answer) {
+  const auto known = std::ranges::find(seen_, answer, &std::pair<std::string, std::uint64_t>::first);
+  if (known != seen_.end())
+    ++known->second;
+  else
+    seen_.emplace_back(answer, 1);
 }
+
+void Asker::wait_until(std::uint64_t answers) const {
+  for (std::uint64_t now = answers_; now < answers; now = answers_) answers_.wait(now);
+}
+
+void Asker::wait_for(std::uint64_t more) const { wait_until(answers_ + more); }
 
 std::map<std::string, std::uint64_t> Asker::stop() {
   stopping_ = true;
   if (thread_.joinable()) thread_.join();
-  return seen_;
+  return {seen_.begin(), seen_.end()};
 }
 
 }  // namespace support

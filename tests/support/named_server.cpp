@@ -5,6 +5,7 @@
 #include <sys/socket.h>
 
 #include <cstring>
+#include <latch>
 
 #include "tests/support/client.h"
 
@@ -49,7 +50,12 @@ NamedServer::NamedServer(std::string name, const std::string& address, Speaks sp
   checked(::listen(listener_.get(), backlog), "listen");
   checked(::getsockname(listener_.get(), reinterpret_cast<sockaddr*>(&local), &length), "getsockname");
   port_ = ntohs(local.sin_port);
-  thread_ = std::thread([this] { serve(); });
+  std::latch started(1);
+  thread_ = std::thread([&started, this] {
+    started.count_down();
+    serve();
+  });
+  started.wait();
 }
 
 NamedServer::~NamedServer() {

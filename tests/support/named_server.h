@@ -10,7 +10,8 @@
 
 namespace support {
 
-/// A TCP server that answers each connection and closes it, so that a test can assert who answered.
+/// A TCP server that answers each connection and closes it, so that a test can assert who answered. Its thread has
+/// begun when the constructor returns, and allocates nothing afterwards: a test may fork (see Asker).
 class NamedServer {
  public:
   enum class Speaks {
