@@ -128,7 +128,8 @@ struct Field {
 
 class Reader {
  public:
-  explicit Reader(bool refuse_unsupported) : refuse_unsupported_(refuse_unsupported) {}
+  /// Without a carrier, the whole schema is taken.
+  explicit Reader(std::optional<Carrier> carrier) : carrier_(carrier) {}
 
   std::expected<Config, std::vector<Mistake>> read(std::string_view text);
 
@@ -229,7 +230,7 @@ class Reader {
     }
   }
 
-  const bool refuse_unsupported_;
+  const std::optional<Carrier> carrier_;
   Mistakes mistakes_;
   std::vector<ServicePositions> service_positions_;
 };
@@ -337,8 +338,8 @@ void Reader::table(const Value& value, std::span<const Field<T>> fields, T& out)
     ++known;
     const std::size_t before = mistakes_.count();
     field.read(*this, {&found->second, position_of(found->second.source()), path}, out);
-    if constexpr (requires { is_unsupported(out, field.key); }) {
-      if (refuse_unsupported_ && mistakes_.count() == before && is_unsupported(out, field.key))
+    if constexpr (requires { is_unsupported(out, field.key, Carrier{}); }) {
+      if (carrier_ && mistakes_.count() == before && is_unsupported(out, field.key, *carrier_))
         mistakes_.add(position_of(found->first.source()), path.text(), "not supported by this version");
     }
   }
@@ -414,8 +415,10 @@ std::expected<Config, std::vector<Mistake>> Reader::read(std::string_view text) 
 
 }  // namespace
 
-std::expected<Config, std::vector<Mistake>> read_config(std::string_view text) { return Reader(true).read(text); }
+std::expected<Config, std::vector<Mistake>> read_config(std::string_view text, Carrier carrier) {
+  return Reader(carrier).read(text);
+}
 
-std::expected<Config, std::vector<Mistake>> read_full_config(std::string_view text) { return Reader(false).read(text); }
+std::expected<Config, std::vector<Mistake>> read_full_config(std::string_view text) { return Reader({}).read(text); }
 
 }  // namespace config

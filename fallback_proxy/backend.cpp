@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "fallback_proxy/backend.h"
+
+#include <netinet/in.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "config/values.h"
+
+namespace userspace {
+namespace {
+
+constexpr std::chrono::seconds first_pause{1};
+constexpr std::uint32_t max_doublings = 5;  // 32 s
+
+Clock::duration pause_after(std::uint32_t failures) {
+  return first_pause * (1U << std::min(failures > 0 ? failures - 1 : 0, max_doublings));
+}
+
+}  // namespace
+
+SocketAddress::SocketAddress(const config::Address& address, std::uint16_t port) {
+  if (address.is_v4()) {
+    sockaddr_in to{};
+    to.sin_family = AF_INET;
+    to.sin_port = htons(port);
+    to.sin_addr.s_addr = htonl(address.to_v4().to_uint());
+    length = sizeof to;
+    std::memcpy(&storage, &to, length);
+  } else {
+    sockaddr_in6 to{};
+    to.sin6_family = AF_INET6;
+    to.sin6_port = htons(port);
+    const auto bytes = address.to_v6().to_bytes();
+    std::memcpy(&to.sin6_addr, bytes.data(), bytes.size());
+    length = sizeof to;
+    std::memcpy(&storage, &to, length);
+  }
+}
+
+config::Address SocketAddress::address() const {
+  if (family() == AF_INET) {
+    sockaddr_in of{};
+    std::memcpy(&of, &storage, sizeof of);
+    return boost::asio::ip::address_v4(ntohl(of.sin_addr.s_addr));
+  }
+  sockaddr_in6 of{};
+  std::memcpy(&of, &storage, sizeof of);
+  boost::asio::ip::address_v6::bytes_type bytes;
+  std::memcpy(bytes.data(), &of.sin6_addr, bytes.size());
+  return boost::asio::ip::address_v6(bytes);
+}
+
+std::uint16_t SocketAddress::port() const {
+  // sockaddr_in and sockaddr_in6 have the port at the same place.
+  sockaddr_in of{};
+  std::memcpy(&of, &storage, sizeof of);
+  return ntohs(of.sin_port);
+}
+
+std::string SocketAddress::text() const { return config::to_text(address(), port()); }
+
+bool Backend::admits(Clock::time_point now) {
+  std::int64_t retry_at = retry_at_.load(std::memory_order_relaxed);
+  if (retry_at == 0) return true;
+  if (retry_at > ticks(now)) return false;
+  const auto next = now + pause_after(failures_in_a_row_.load(std::memory_order_relaxed));
+  return retry_at_.compare_exchange_strong(retry_at, ticks(next), std::memory_order_relaxed);
+}
+
+void Backend::connected() {
+  connects.fetch_add(1, std::memory_order_relaxed);
+  // Read first: the cache line stays shared while all is well.
+  if (retry_at_.load(std::memory_order_relaxed) != 0) {
+    failures_in_a_row_.store(0, std::memory_order_relaxed);
+    retry_at_.store(0, std::memory_order_relaxed);
+  }
+}
+
+void Backend::failed(Clock::time_point now) {
+  failures.fetch_add(1, std::memory_order_relaxed);
+  const std::uint32_t in_a_row = failures_in_a_row_.fetch_add(1, std::memory_order_relaxed) + 1;
+  retry_at_.store(ticks(now + pause_after(in_a_row)), std::memory_order_relaxed);
+}
+
+}  // namespace userspace

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// A backend of a service as the proxy knows it at run time. One object lives as long as anything refers to it, across
+// reloads, so that live connections and what was learnt of failures stay with it. Its members may be used from any
+// thread.
+#pragma once
+
+#include <sys/socket.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <string>
+
+#include "config/config.h"
+
+namespace userspace {
+
+using Clock = std::chrono::steady_clock;
+
+/// An address and a port as system calls take them.
+struct SocketAddress {
+  SocketAddress() = default;
+  SocketAddress(const config::Address& address, std::uint16_t port);
+
+  const sockaddr* get() const { return reinterpret_cast<const sockaddr*>(&storage); }
+  int family() const { return storage.ss_family; }
+  config::Address address() const;
+  std::uint16_t port() const;
+  /// "10.0.0.1:80", "[2001:db8::1]:80".
+  std::string text() const;
+
+  sockaddr_storage storage{};
+  socklen_t length = 0;
+};
+
+class Backend {
+ public:
+  Backend(const config::Address& host, std::uint16_t port) : address(host, port) {}
+
+  /// May a new connection go to it? After failures it may not for a while, which doubles with each: 1 s to 32 s. Then
+  /// one connection tries: the caller that gets `true` is the one, the others wait for its outcome.
+  bool admits(Clock::time_point now);
+  /// Nobody has found it dead, or long enough ago. Changes nothing.
+  bool is_marked(Clock::time_point now) const { return retry_at_.load(std::memory_order_relaxed) > ticks(now); }
+
+  void connected();
+  void failed(Clock::time_point now);
+
+  const SocketAddress address;
+  std::atomic<std::uint32_t> live = 0;      // connections and UDP flows
+  std::atomic<std::uint64_t> connects = 0;  // connections and UDP flows that reached it
+  std::atomic<std::uint64_t> failures = 0;
+
+ private:
+  static std::int64_t ticks(Clock::time_point time) { return time.time_since_epoch().count(); }
+
+  std::atomic<std::uint32_t> failures_in_a_row_ = 0;
+  std::atomic<std::int64_t> retry_at_ = 0;  // 0: not marked
+};
+
+}  // namespace userspace

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "fallback_proxy/listener.h"
+
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "fallback_proxy/socket_options.h"
+
+namespace userspace {
+namespace {
+
+// So many are accepted before others have their turn.
+constexpr int batch = 64;
+
+// As many as net.core.somaxconn allows.
+constexpr int backlog = 65535;
+
+}  // namespace
+
+config::Result<config::Fd> open_listening_socket(const config::Service& service) {
+  const SocketAddress vip(service.vip, service.port);
+  config::Fd socket(::socket(vip.family(), SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP));
+  if (!socket) return config::fail_errno(errno, "socket");
+  const int on = 1;
+  ::setsockopt(socket.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+  if (vip.family() == AF_INET6) ::setsockopt(socket.get(), IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+  // What is accepted inherits these.
+  set_no_delay(socket.get());
+  set_keep_alive(socket.get());
+  if (::bind(socket.get(), vip.get(), vip.length) != 0) return config::fail_errno(errno, "binding " + vip.text());
+  if (::listen(socket.get(), backlog) != 0) return config::fail_errno(errno, "listening on " + vip.text());
+  return socket;
+}
+
+Listener::Listener(Worker& worker, const Workers& workers, Admission& admission, config::Fd socket,
+                   std::shared_ptr<const Service> service, AllowedPointer allowed)
+    : worker_(worker),
+      workers_(workers),
+      admission_(admission),
+      socket_(worker.io(), socket.release()),
+      service_(std::move(service)),
+      allowed_(std::move(allowed)) {}
+
+void Listener::wait() {
+  socket_.async_wait(socket_.wait_read, [self = shared_from_this()](const boost::system::error_code& error) {
+    if (!error) self->accept_queued();
+  });
+}
+
+void Listener::accept_queued() {
+  for (int i = 0; i < batch; ++i) {
+    if (!admission_.take()) return pause();
+    if (!accept_one()) {
+      const int error = errno;
+      admission_.give_back();
+      // A client that gave up while it was queued is no reason to stop.
+      if (error == ECONNABORTED || error == EINTR || error == EPROTO) continue;
+      if (error == EAGAIN || error == EWOULDBLOCK) break;
+      return pause();
+    }
+  }
+  wait();
+}
+
+bool Listener::accept_one() {
+  Accepted accepted;
+  accepted.client.length = sizeof accepted.client.storage;
+  accepted.socket = config::Fd(::accept4(socket_.native_handle(), reinterpret_cast<sockaddr*>(&accepted.client.storage),
+                                         &accepted.client.length, SOCK_NONBLOCK | SOCK_CLOEXEC));
+  if (!accepted.socket) return false;
+  if (!allowed_->contains(accepted.client)) {
+    service_->state().denied.fetch_add(1, std::memory_order_relaxed);
+    set_reset_on_close(accepted.socket.get());
+    admission_.give_back();
+    return true;
+  }
+  accepted.service = service_;
+  Worker& target = least_loaded();
+  if (&target == &worker_) {
+    worker_.start(std::move(accepted));
+  } else {
+    std::vector<Accepted> one;
+    one.push_back(std::move(accepted));
+    target.take(std::move(one));
+  }
+  return true;
+}
+
+Worker& Listener::least_loaded() const {
+  Worker* least = &worker_;
+  for (const auto& worker : workers_) {
+    if (worker->live() < least->live()) least = worker.get();
+  }
+  return *least;
+}
+
+/// No room, or no descriptors: what is queued waits in the kernel.
+void Listener::pause() {
+  worker_.when_there_is_room([self = shared_from_this()] {
+    if (self->socket_.is_open()) self->accept_queued();
+  });
+}
+
+void Listener::stop(bool accept_queued) {
+  while (accept_queued && admission_.take()) {
+    if (accept_one()) continue;
+    admission_.give_back();
+    break;
+  }
+  boost::system::error_code ignored;
+  socket_.close(ignored);
+}
+
+}  // namespace userspace

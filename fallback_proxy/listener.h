@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// The listening socket of one service. It belongs to one Worker and is used in its thread only; what it accepts goes to
+// the worker that has the fewest connections. One socket, not one per thread with SO_REUSEPORT: closing one of those
+// resets what is queued on it.
+#pragma once
+
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/posix/basic_stream_descriptor.hpp>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "config/fail.h"
+#include "config/fd.h"
+#include "fallback_proxy/admission.h"
+#include "fallback_proxy/allowed.h"
+#include "fallback_proxy/service.h"
+#include "fallback_proxy/worker.h"
+
+namespace userspace {
+
+using Workers = std::vector<std::unique_ptr<Worker>>;
+
+/// A listening socket on the service's VIP and port. The error says what the kernel said.
+config::Result<config::Fd> open_listening_socket(const config::Service& service);
+
+class Listener : public std::enable_shared_from_this<Listener> {
+ public:
+  Listener(Worker& worker, const Workers& workers, Admission& admission, config::Fd socket,
+           std::shared_ptr<const Service> service, AllowedPointer allowed);
+
+  void start() { wait(); }
+  /// For connections that come from now on.
+  void change(std::shared_ptr<const Service> service) { service_ = std::move(service); }
+  void change(AllowedPointer allowed) { allowed_ = std::move(allowed); }
+  /// Accepts what is queued, if `accept_queued`, and closes the socket.
+  void stop(bool accept_queued);
+
+ private:
+  void wait();
+  void accept_queued();
+  bool accept_one();
+  void pause();
+  Worker& least_loaded() const;
+
+  Worker& worker_;
+  const Workers& workers_;
+  Admission& admission_;
+  boost::asio::posix::basic_stream_descriptor<boost::asio::io_context::executor_type> socket_;
+  std::shared_ptr<const Service> service_;
+  AllowedPointer allowed_;
+};
+
+}  // namespace userspace

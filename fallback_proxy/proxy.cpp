@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "fallback_proxy/proxy.h"
+
+#include <fmt/format.h>
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <set>
+#include <thread>
+#include <utility>
+
+#include "config/printable.h"
+
+namespace userspace {
+namespace {
+
+using namespace std::chrono_literals;
+
+// Descriptors besides those of connections, pipes and listeners: event loops, timers, the log, the configuration, the
+// control socket, and what a library may want.
+constexpr std::int64_t other_descriptors = 64;
+constexpr std::int64_t descriptors_per_connection = 2;
+constexpr std::int64_t descriptors_per_pipe = 2;
+
+/// The soft limit is raised to the hard one.
+std::int64_t descriptor_limit() {
+  rlimit limit{};
+  ::getrlimit(RLIMIT_NOFILE, &limit);
+  if (limit.rlim_cur < limit.rlim_max) {
+    limit.rlim_cur = limit.rlim_max;
+    ::setrlimit(RLIMIT_NOFILE, &limit);
+    ::getrlimit(RLIMIT_NOFILE, &limit);
+  }
+  return static_cast<std::int64_t>(std::min<rlim_t>(limit.rlim_cur, 1U << 30));
+}
+
+std::size_t thread_count(const config::Config& config) {
+  if (config.userspace.threads != 0) return config.userspace.threads;
+  return std::max(1U, std::thread::hardware_concurrency());
+}
+
+/// A tenth of the descriptors at most is for pipes.
+std::size_t pipes_per_thread(std::size_t threads) {
+  constexpr std::size_t most = 256;
+  const auto share = static_cast<std::size_t>(descriptor_limit()) / 10 / descriptors_per_pipe / threads;
+  return std::min(share, most);
+}
+
+std::int64_t connection_limit(std::size_t threads) {
+  const auto pipes = static_cast<std::int64_t>(pipes_per_thread(threads) * threads);
+  const std::int64_t left = descriptor_limit() - other_descriptors - pipes * descriptors_per_pipe;
+  return std::max<std::int64_t>(left / descriptors_per_connection, 1);
+}
+
+bool wants(const config::Service& service, config::EngineMode engine) { return service.engine == engine; }
+
+}  // namespace
+
+class Proxy::Posts {
+ public:
+  void add(Worker& worker, std::function<void()> function) { functions_[&worker].push_back(std::move(function)); }
+
+  ~Posts() {
+    for (auto& [worker, functions] : functions_) {
+      worker->post([functions = std::move(functions)] {
+        for (const auto& function : functions) function();
+      });
+    }
+  }
+
+ private:
+  std::map<Worker*, std::vector<std::function<void()>>> functions_;
+};
+
+Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
+    : control_(control),
+      admission_(connection_limit(thread_count(first))),
+      allowed_(std::make_shared<Allowed>(std::span<const std::string>(), own_addresses())),
+      addresses_(control, [this] { allow(); }),
+      leaving_timer_(control),
+      drain_timer_(control) {
+  const std::size_t threads = thread_count(first);
+  const WorkerSettings settings{.connect_timeout = first.userspace.connect_timeout,
+                                .idle_timeout = first.userspace.idle_timeout,
+                                .pipes = pipes_per_thread(threads),
+                                .flows = first.limits.flows};
+  for (std::size_t i = 0; i < threads; ++i) workers_.push_back(std::make_unique<Worker>(settings, admission_));
+}
+
+Proxy::~Proxy() = default;
+
+Problems Proxy::apply(config::Config config) {
+  Problems problems;
+  config_ = std::move(config);
+  std::set<Key> kept;
+  for (const config::Service& settings : config_.services) {
+    const Key key{settings.vip, settings.port, settings.protocol};
+    if (wants(settings, config::EngineMode::bpf)) {
+      problems.push_back(fmt::format("service {}: wants the engine bpf, and this is the userspace engine",
+                                     config::printable(settings.name)));
+      continue;
+    }
+    kept.insert(key);
+    served_[key];
+  }
+
+  // Routes first, so that binding works; then what is new and what changes; then what leaves. Its VIPs stay local until
+  // the last connection has ended: without the route, connections freeze.
+  Posts posts;
+  for (auto& [key, served] : served_) {
+    if (kept.contains(key)) continue;
+    leaving_.push_back({std::get<config::Address>(key), served.earlier});
+    leaving_.back().services.emplace_back(served.service);
+  }
+  Problems vip_problems = make_vips_local();
+  std::ranges::move(vip_problems, std::back_inserter(problems));
+  allow();
+  for (const config::Service& settings : config_.services) {
+    const auto found = served_.find({settings.vip, settings.port, settings.protocol});
+    if (found == served_.end()) continue;
+    Served& served = found->second;
+    update(served, next_service(settings, served), posts);
+    if (!served.problem.empty())
+      problems.push_back(fmt::format("service {}: {}", config::printable(settings.name), served.problem));
+  }
+  for (auto next = served_.begin(); next != served_.end();) {
+    const auto entry = next++;
+    if (kept.contains(entry->first)) continue;
+    close_listener(entry->second, true, posts);
+    reset_leaving(*entry->second.service, nullptr, posts);
+    served_.erase(entry);
+  }
+  watch_leaving();
+  return problems;
+}
+
+/// Backends that stay are the same objects.
+std::shared_ptr<const Service> Proxy::next_service(const config::Service& settings, Served& served) {
+  std::map<std::pair<config::Address, std::uint16_t>, BackendPointer> known;
+  if (served.service) {
+    const auto before = served.service->backends();
+    for (std::size_t i = 0; i < before.size(); ++i) {
+      const config::Backend& backend = served.service->settings().backends[i];
+      known.emplace(std::pair(backend.address, backend.port), before[i]);
+    }
+  }
+  std::vector<BackendPointer> backends;
+  backends.reserve(settings.backends.size());
+  for (const config::Backend& backend : settings.backends) {
+    const auto found = known.find({backend.address, backend.port});
+    backends.push_back(found != known.end() ? found->second : std::make_shared<Backend>(backend.address, backend.port));
+  }
+  return std::make_shared<Service>(settings, std::move(backends), served.state);
+}
+
+void Proxy::update(Served& served, std::shared_ptr<const Service> next, Posts& posts) {
+  const std::shared_ptr<const Service> before = std::exchange(served.service, std::move(next));
+  if (before) {
+    std::erase_if(served.earlier, [](const auto& service) { return service.expired(); });
+    served.earlier.emplace_back(before);
+  }
+  if (served.service->is_empty()) {
+    // Without a listener the kernel refuses.
+    close_listener(served, false, posts);
+    served.problem.clear();
+  } else if (!served.listener) {
+    open_listener(served, posts);
+  } else {
+    posts.add(*served.worker, [listener = served.listener, service = served.service] { listener->change(service); });
+  }
+  if (before) reset_leaving(*before, served.service.get(), posts);
+}
+
+void Proxy::open_listener(Served& served, Posts& posts) {
+  auto socket = open_listening_socket(served.service->settings());
+  if (!socket) {
+    served.problem = socket.error().message;
+    return;
+  }
+  served.problem.clear();
+  served.worker = &next_worker();
+  served.listener =
+      std::make_shared<Listener>(*served.worker, workers_, admission_, std::move(*socket), served.service, allowed_);
+  posts.add(*served.worker, [listener = served.listener] { listener->start(); });
+}
+
+void Proxy::close_listener(Served& served, bool accept_queued, Posts& posts) {
+  if (!served.listener) return;
+  posts.add(*served.worker, [listener = std::move(served.listener), accept_queued] { listener->stop(accept_queued); });
+  served.listener.reset();
+}
+
+/// on_remove = "reset": the connections of backends that `after` does not have end at once.
+void Proxy::reset_leaving(const Service& before, const Service* after, Posts& posts) {
+  if (before.settings().on_remove != config::OnRemove::reset) return;
+  auto leaving = std::make_shared<std::set<BackendPointer>>(before.backends().begin(), before.backends().end());
+  if (after != nullptr) {
+    for (const BackendPointer& backend : after->backends()) leaving->erase(backend);
+  }
+  if (leaving->empty()) return;
+  for (const auto& worker : workers_) {
+    posts.add(*worker, [&worker = *worker, leaving] {
+      worker.reset_relays([&](const Relay& relay) { return leaving->contains(relay.shared_backend()); });
+    });
+  }
+}
+
+Worker& Proxy::next_worker() { return *workers_[next_worker_++ % workers_.size()]; }
+
+Problems Proxy::make_vips_local() {
+  Problems problems;
+  if (!config_.userspace.local_vips) return problems;
+  if (!local_vips_) {
+    auto opened = LocalVips::open();
+    if (!opened) return {opened.error().message};
+    local_vips_.emplace(std::move(*opened));
+  }
+  std::set<config::Address> wanted;
+  for (const auto& [key, served] : served_) wanted.insert(std::get<config::Address>(key));
+  for (const Leaving& leaving : leaving_) wanted.insert(leaving.vip);
+  const std::vector<config::Address> list(wanted.begin(), wanted.end());
+  auto failures = local_vips_->reconcile(list);
+  if (!failures) return {failures.error().message};
+  for (const auto& failure : *failures)
+    problems.push_back(fmt::format("vip {}: {}", failure.vip.to_string(), failure.reason));
+  return problems;
+}
+
+/// Looks every second, as long as a VIP is leaving.
+void Proxy::watch_leaving() {
+  const std::size_t removed = std::erase_if(leaving_, [&](Leaving& leaving) {
+    return std::ranges::all_of(leaving.services, [](const auto& service) { return service.expired(); });
+  });
+  if (removed > 0) make_vips_local();
+  if (leaving_.empty()) return;
+  leaving_timer_.expires_after(1s);
+  leaving_timer_.async_wait([this](const boost::system::error_code& error) {
+    if (!error) watch_leaving();
+  });
+}
+
+void Proxy::allow() {
+  allowed_ = std::make_shared<Allowed>(config_.userspace.allow_from, own_addresses());
+  Posts posts;
+  for (const auto& [key, served] : served_) {
+    if (!served.listener) continue;
+    posts.add(*served.worker, [listener = served.listener, allowed = allowed_] { listener->change(allowed); });
+  }
+}
+
+std::size_t Proxy::connections() const {
+  std::size_t sum = 0;
+  for (const auto& worker : workers_) sum += worker->live();
+  return sum;
+}
+
+void Proxy::drain(std::function<void()> done) {
+  {
+    Posts posts;
+    for (auto& [key, served] : served_) close_listener(served, true, posts);
+  }
+  wait_for_end(Clock::now() + config_.userspace.drain_timeout, std::move(done));
+}
+
+void Proxy::wait_for_end(Clock::time_point until, std::function<void()> done) {
+  // Not before the listeners have accepted what was queued.
+  if (Clock::now() >= until) {
+    for (const auto& worker : workers_)
+      worker->post([&worker = *worker] { worker.reset_relays([](const Relay&) { return true; }); });
+  }
+  drain_timer_.expires_after(20ms);
+  drain_timer_.async_wait([this, until, done = std::move(done)](const boost::system::error_code& error) mutable {
+    if (error) return;
+    if (connections() == 0) return done();
+    wait_for_end(until, std::move(done));
+  });
+}
+
+}  // namespace userspace

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// The control side of the proxy: turns a configuration into listeners, routes and threads, and a later one into changes
+// of these. Used by the control thread only; what it tells the workers travels by post.
+#pragma once
+
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "config/config.h"
+#include "config/fail.h"
+#include "fallback_proxy/address_watch.h"
+#include "fallback_proxy/admission.h"
+#include "fallback_proxy/listener.h"
+#include "fallback_proxy/local_vips.h"
+#include "fallback_proxy/service.h"
+#include "fallback_proxy/worker.h"
+
+namespace userspace {
+
+/// What does not work although the configuration is right, in words for the log: "service web: binding ...".
+using Problems = std::vector<std::string>;
+
+class Proxy {
+ public:
+  /// Threads, timeouts and limits are those of `first`, for good.
+  Proxy(boost::asio::io_context& control, const config::Config& first);
+  ~Proxy();
+  Proxy(const Proxy&) = delete;
+  Proxy& operator=(const Proxy&) = delete;
+
+  /// Makes `config` what is served, in place: connections go on. Each service that cannot be served is a problem of its
+  /// own, the others are served.
+  Problems apply(config::Config config);
+
+  /// Accepts nothing more, and calls `done` when the last connection has ended; what is left after `drain_timeout` is
+  /// reset.
+  void drain(std::function<void()> done);
+
+  std::size_t services() const { return served_.size(); }
+  std::size_t connections() const;
+
+ private:
+  using Key = std::tuple<config::Address, std::uint16_t, config::Protocol>;
+
+  /// One service across reloads.
+  struct Served {
+    std::shared_ptr<ServiceState> state = std::make_shared<ServiceState>();
+    std::shared_ptr<const Service> service;
+    std::vector<std::weak_ptr<const Service>> earlier;  // that connections may still have
+    Worker* worker = nullptr;                           // of the listener
+    std::shared_ptr<Listener> listener;
+    std::string problem;  // why it is not served
+  };
+
+  /// A VIP that no service has any more: local until the last connection to it has ended.
+  struct Leaving {
+    config::Address vip;
+    std::vector<std::weak_ptr<const Service>> services;
+  };
+
+  /// What a change asks of each worker: one post each, however many services there are.
+  class Posts;
+
+  std::shared_ptr<const Service> next_service(const config::Service& settings, Served& served);
+  void update(Served& served, std::shared_ptr<const Service> next, Posts& posts);
+  void open_listener(Served& served, Posts& posts);
+  void close_listener(Served& served, bool accept_queued, Posts& posts);
+  void reset_leaving(const Service& before, const Service* after, Posts& posts);
+  Worker& next_worker();
+  Problems make_vips_local();
+  void watch_leaving();
+  void allow();
+  void wait_for_end(Clock::time_point until, std::function<void()> done);
+
+  boost::asio::io_context& control_;
+  config::Config config_;
+  Admission admission_;
+  Workers workers_;
+  std::size_t next_worker_ = 0;
+  AllowedPointer allowed_;
+  AddressWatch addresses_;
+  std::optional<LocalVips> local_vips_;
+  std::map<Key, Served> served_;
+  std::vector<Leaving> leaving_;
+  boost::asio::steady_timer leaving_timer_;
+  boost::asio::steady_timer drain_timer_;
+};
+
+}  // namespace userspace

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// One proxied TCP connection: from the client that was accepted to a backend that takes it, until both have said all.
+// It belongs to one Worker, runs in its thread, and deletes itself.
+//
+//        legs_[client]                                   legs_[backend]
+//      ┌──────────────┐   directions_[client]  ───────►  ┌──────────────┐
+//      │ accepted     │                                  │ connected    │
+//      └──────────────┘  ◄───────  directions_[backend]  └──────────────┘
+//
+// Each direction reads one leg and writes the other. It holds bytes only while the other side takes none, and reads
+// nothing more meanwhile: that is the back-pressure. Small messages go through the thread's buffer, bulk through a pipe
+// (splice), so that an idle connection holds neither.
+#pragma once
+
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/posix/basic_stream_descriptor.hpp>
+#include <boost/intrusive/list.hpp>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "config/fd.h"
+#include "fallback_proxy/deadlines.h"
+#include "fallback_proxy/pipe_pool.h"
+#include "fallback_proxy/service.h"
+
+namespace userspace {
+
+class Worker;
+
+/// A connection that a listener has accepted. Non-blocking; has its place in the Admission.
+struct Accepted {
+  config::Fd socket;
+  SocketAddress client;
+  std::shared_ptr<const Service> service;
+};
+
+struct ListedTag;
+using Listed = boost::intrusive::list_base_hook<boost::intrusive::tag<ListedTag>,
+                                                boost::intrusive::link_mode<boost::intrusive::auto_unlink>>;
+
+class Relay : public Waiting, public Listed {
+ public:
+  static void start(Worker& worker, Accepted accepted);
+  ~Relay();  // by itself, or by its worker when no handler can come any more
+
+  const Service& service() const { return *service_; }
+  /// Null while none is chosen.
+  const BackendPointer& shared_backend() const { return backend_; }
+
+  /// Ends it now: both sides see a reset. It may be gone when this returns.
+  void end();
+  /// What Worker::wait() was asked to wait for is due.
+  void expire();
+
+ private:
+  enum Side : std::uint8_t { client, backend_side };
+  enum class Phase : std::uint8_t { connecting, open, delivering, closed };
+  enum class Flushed : std::uint8_t { all, blocked, broken };
+
+  using Descriptor = boost::asio::posix::basic_stream_descriptor<boost::asio::io_context::executor_type>;
+
+  struct Leg {
+    explicit Leg(boost::asio::io_context& io) : socket(io) {}
+    void close();
+
+    Descriptor socket;
+    std::uint16_t generation = 0;  // of the socket
+    bool waits_to_read = false;
+    bool waits_to_write = false;
+    bool is_broken = false;  // writing failed: what it still sends is passed on, then the other side is reset
+  };
+
+  /// Bytes that were read and that the other side did not take.
+  struct Held {
+    std::vector<char> bytes;
+    std::size_t sent = 0;
+  };
+
+  struct Direction {
+    std::unique_ptr<Held> held;
+    std::optional<Pipe> pipe;  // while splicing
+    std::uint32_t in_pipe = 0;
+    std::uint32_t unreported = 0;  // bytes that the service's counter does not have yet
+    std::uint8_t streak = 0;       // large reads in a row while copying, small ones while splicing
+    bool can_splice = true;
+    bool has_read_all = false;  // the reader's FIN has come
+    bool is_finished = false;   // and has been passed on; or nothing is read any more
+  };
+
+  /// What is needed only until a backend has taken the connection.
+  struct Attempt {
+    SocketAddress client;
+    std::vector<BackendPointer> tried;
+  };
+
+  struct Woken;
+
+  Relay(Worker& worker, Accepted accepted);
+
+  static Side other(Side side) { return side == client ? backend_side : client; }
+  int fd(Side side) { return legs_[side].socket.native_handle(); }
+
+  void try_backends();
+  int connect_to(const Backend& backend);
+  void attempt_failed(int error);
+  void connect_outcome();
+  void connected();
+  bool send_proxy_header();
+
+  void wait_to_read(Side side);
+  void wait_to_write(Side side);
+  void woken(Side side, bool to_write);
+
+  void pump(Side from);
+  std::int64_t receive(Side from);
+  std::int64_t splice_in(Side from);
+  bool forward(Side from, std::string_view bytes);
+  void hold(Side from, std::string_view bytes);
+  Flushed flush(Side from);
+  Flushed flush_held(Side from);
+  Flushed flush_pipe(Side from);
+  void adapt(Side from, std::int64_t size);
+  void leave_splicing(Direction& direction);
+  void count(Side from, std::size_t bytes);
+  void report(Side from);
+  void progress();
+
+  void finish(Side from);
+  void writing_failed(Side from);
+  void reset_when_delivered(Side side);
+  void keep_alive();
+  void reset();
+  void close();
+  void release_if_closed();
+
+  Worker& worker_;
+  std::shared_ptr<const Service> service_;
+  BackendPointer backend_;
+  std::unique_ptr<Attempt> attempt_;
+  Leg legs_[2];
+  Direction directions_[2];
+  std::uint16_t checks_ = 0;  // of an undelivered end, without progress
+  std::uint32_t undelivered_ = 0;
+  std::uint8_t waits_ = 0;
+  Phase phase_ = Phase::connecting;
+  bool is_kept_alive_ = false;
+};
+
+}  // namespace userspace

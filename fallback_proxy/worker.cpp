@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "fallback_proxy/worker.h"
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+
+#include <boost/asio/post.hpp>
+#include <utility>
+
+namespace userspace {
+namespace {
+
+using namespace std::chrono_literals;
+
+// One read can take so much. Larger buffers fall out of the cache.
+constexpr std::size_t buffer_size = 256 * 1024;
+
+// A backend leg gets its keepalive options only when it has lived for so long: most connections are shorter.
+constexpr auto young_time = 1s;
+// Without progress for so long, the second half of a half-closed connection is given up.
+constexpr auto half_closed_time = 10min;
+constexpr auto delivering_time = 20ms;
+
+constexpr auto pause_time = 100ms;
+
+config::Fd open_reserve() { return config::Fd(::open("/dev/null", O_RDONLY | O_CLOEXEC)); }
+
+}  // namespace
+
+Worker::Worker(const WorkerSettings& settings, Admission& admission)
+    // All its sockets are used by its one thread only; posting to it is safe from any.
+    : io_(BOOST_ASIO_CONCURRENCY_HINT_UNSAFE_IO),
+      work_(io_.get_executor()),
+      settings_(settings),
+      admission_(admission),
+      buffer_(buffer_size),
+      pipes_(settings.pipes),
+      random_(std::random_device{}()),
+      reserve_(open_reserve()),
+      deadlines_{Deadlines<Relay>(settings.connect_timeout), Deadlines<Relay>(young_time),
+                 Deadlines<Relay>(settings.idle_timeout), Deadlines<Relay>(half_closed_time),
+                 Deadlines<Relay>(delivering_time)},
+      timer_(io_),
+      pause_(io_) {
+  // Signals are the control thread's.
+  sigset_t all;
+  sigset_t before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  thread_ = std::thread([this] { io_.run(); });
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+Worker::~Worker() {
+  io_.stop();
+  thread_.join();
+  relays_.clear_and_dispose([](Relay* relay) { delete relay; });
+}
+
+void Worker::take(std::vector<Accepted> accepted) {
+  live_.fetch_add(static_cast<std::uint32_t>(accepted.size()), std::memory_order_relaxed);
+  boost::asio::post(io_, [this, accepted = std::move(accepted)]() mutable {
+    for (Accepted& one : accepted) Relay::start(*this, std::move(one));
+  });
+}
+
+void Worker::post(std::function<void()> function) { boost::asio::post(io_, std::move(function)); }
+
+void Worker::start(Accepted accepted) {
+  live_.fetch_add(1, std::memory_order_relaxed);
+  Relay::start(*this, std::move(accepted));
+}
+
+void Worker::add(Relay& relay) { relays_.push_back(relay); }
+
+void Worker::ended() {
+  live_.fetch_sub(1, std::memory_order_relaxed);
+  admission_.give_back();
+  if (!reserve_) reserve_ = open_reserve();
+  if (!paused_.empty()) resume_accepting();
+}
+
+void Worker::reset_relays(const std::function<bool(const Relay&)>& which) {
+  for (auto next = relays_.begin(); next != relays_.end();) {
+    Relay& relay = *next++;  // it may be gone with end()
+    if (which(relay)) relay.end();
+  }
+}
+
+bool Worker::release_reserve() {
+  const bool had_one(reserve_);
+  reserve_.reset();
+  return had_one;
+}
+
+void Worker::when_there_is_room(std::function<void()> resume) {
+  paused_.push_back(std::move(resume));
+  if (paused_.size() > 1) return;
+  // The connection that ends may be another thread's.
+  pause_.expires_after(pause_time);
+  pause_.async_wait([this](const boost::system::error_code& error) {
+    if (!error) resume_accepting();
+  });
+}
+
+void Worker::resume_accepting() {
+  pause_.cancel();
+  for (const auto& resume : std::exchange(paused_, {})) boost::asio::post(io_, resume);
+}
+
+void Worker::wait(Relay& relay, Wait what) {
+  auto& deadlines = deadlines_[static_cast<std::size_t>(what)];
+  const auto now = Clock::now();
+  deadlines.add(relay, now);
+  arm(now + deadlines.time());
+}
+
+/// The timer goes off at `due`, or earlier. It is never put off: that would cost a system call for each connection.
+void Worker::arm(Clock::time_point due) {
+  if (armed_ && *armed_ <= due) return;
+  armed_ = due;
+  timer_.expires_at(due);
+  timer_.async_wait([this](const boost::system::error_code& error) {
+    if (!error) expire();
+  });
+}
+
+void Worker::expire() {
+  armed_.reset();
+  const auto now = Clock::now();
+  for (auto& deadlines : deadlines_) {
+    while (Relay* relay = deadlines.pop(now)) relay->expire();
+    if (const auto next = deadlines.next()) arm(*next);
+  }
+}
+
+}  // namespace userspace

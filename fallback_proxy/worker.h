@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// A thread of the proxy, with everything that its connections share: one event loop, one buffer, one pool of pipes.
+#pragma once
+
+#include <atomic>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <boost/intrusive/list.hpp>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <thread>
+#include <vector>
+
+#include "config/fd.h"
+#include "fallback_proxy/admission.h"
+#include "fallback_proxy/deadlines.h"
+#include "fallback_proxy/pipe_pool.h"
+#include "fallback_proxy/relay.h"
+#include "fallback_proxy/service.h"
+
+namespace userspace {
+
+/// What all threads are told at their start.
+struct WorkerSettings {
+  Clock::duration connect_timeout;
+  Clock::duration idle_timeout;  // 0: none
+  std::size_t pipes = 0;         // at most so many
+  std::size_t flows = 0;         // [limits] flows
+};
+
+class Worker {
+ public:
+  Worker(const WorkerSettings& settings, Admission& admission);
+  ~Worker();
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+
+  // From any thread.
+
+  /// Takes connections over.
+  void take(std::vector<Accepted> accepted);
+  /// Runs `function` in this thread.
+  void post(std::function<void()> function);
+  /// Connections that this thread has or is about to have.
+  std::uint32_t live() const { return live_.load(std::memory_order_relaxed); }
+
+  // In this thread only.
+
+  boost::asio::io_context& io() { return io_; }
+  std::span<char> buffer() { return buffer_; }
+  PipePool& pipes() { return pipes_; }
+  Random& random() { return random_; }
+  const WorkerSettings& settings() const { return settings_; }
+
+  void start(Accepted accepted);
+  void add(Relay& relay);
+  /// It has ended; its client has gone.
+  void ended();
+
+  enum class Wait : std::uint8_t { connecting, young, idle, half_closed, delivering };
+  /// Calls relay.expire() once the time is over, unless it is told to wait for something else before.
+  void wait(Relay& relay, Wait what);
+
+  /// Resets those connections for which `which` says so.
+  void reset_relays(const std::function<bool(const Relay&)>& which);
+
+  /// Descriptors ran out although there was room for the connection (other processes can use up the system's): the
+  /// descriptor that is kept for this moment is given up, once. False when it is already.
+  bool release_reserve();
+
+  /// Calls `resume` as soon as a connection of this thread has ended, or in 100 ms.
+  void when_there_is_room(std::function<void()> resume);
+
+ private:
+  void arm(Clock::time_point due);
+  void expire();
+  void resume_accepting();
+
+  boost::asio::io_context io_;
+  boost::asio::executor_work_guard<boost::asio::io_context::executor_type> work_;
+  const WorkerSettings settings_;
+  Admission& admission_;
+  std::atomic<std::uint32_t> live_ = 0;
+  std::vector<char> buffer_;
+  PipePool pipes_;
+  Random random_;
+  config::Fd reserve_;
+  Deadlines<Relay> deadlines_[5];
+  boost::asio::steady_timer timer_;
+  std::optional<Clock::time_point> armed_;
+  boost::asio::steady_timer pause_;
+  std::vector<std::function<void()>> paused_;
+  boost::intrusive::list<Relay, boost::intrusive::base_hook<Listed>, boost::intrusive::constant_time_size<false>>
+      relays_;
+  std::thread thread_;
+};
+
+}  // namespace userspace
