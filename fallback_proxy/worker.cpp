@@ -52,9 +52,13 @@ Worker::Worker(const WorkerSettings& settings, Admission& admission)
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-Worker::~Worker() {
+void Worker::stop() {
   io_.stop();
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
+}
+
+Worker::~Worker() {
+  stop();
   relays_.clear_and_dispose([](Relay* relay) { delete relay; });
 }
 

@@ -38,6 +38,9 @@ class Worker {
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
 
+  /// Ends the thread; the connections stay as they are until the object goes. For the thread that made it.
+  void stop();
+
   // From any thread.
 
   /// Takes a connection over.
