@@ -87,7 +87,10 @@ Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
   for (std::size_t i = 0; i < threads; ++i) workers_.push_back(std::make_unique<Worker>(settings, admission_));
 }
 
-Proxy::~Proxy() = default;
+Proxy::~Proxy() {
+  // Listeners are shared with them.
+  for (const auto& worker : workers_) worker->stop();
+}
 
 Problems Proxy::apply(config::Config config) {
   Problems problems;
@@ -258,21 +261,22 @@ void Proxy::drain(std::function<void()> done) {
   {
     Posts posts;
     for (auto& [key, served] : served_) close_listener(served, true, posts);
+    // Behind the listeners: when a worker has done this, it has accepted all that was queued.
+    workers_accepting_ = workers_.size();
+    for (const auto& worker : workers_) posts.add(*worker, [this] { --workers_accepting_; });
   }
   wait_for_end(Clock::now() + config_.userspace.drain_timeout, std::move(done));
 }
 
 void Proxy::wait_for_end(Clock::time_point until, std::function<void()> done) {
-  // Not before the listeners have accepted what was queued.
+  if (workers_accepting_ == 0 && connections() == 0) return done();
   if (Clock::now() >= until) {
     for (const auto& worker : workers_)
       worker->post([&worker = *worker] { worker.reset_relays([](const Relay&) { return true; }); });
   }
   drain_timer_.expires_after(20ms);
   drain_timer_.async_wait([this, until, done = std::move(done)](const boost::system::error_code& error) mutable {
-    if (error) return;
-    if (connections() == 0) return done();
-    wait_for_end(until, std::move(done));
+    if (!error) wait_for_end(until, std::move(done));
   });
 }
 
