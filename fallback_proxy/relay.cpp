@@ -87,7 +87,11 @@ Relay::Relay(Worker& worker, Accepted accepted)
   legs_[client].socket.assign(accepted.socket.release());
 }
 
-Relay::~Relay() { worker_.ended(!is_kept_alive_); }
+Relay::~Relay() {
+  // Cut off in the middle: no side may take it for the end.
+  if (phase_ != Phase::closed) reset();
+  worker_.ended(!is_kept_alive_);
+}
 
 void Relay::start(Worker& worker, Accepted accepted) {
   auto* relay = new Relay(worker, std::move(accepted));  // deletes itself
