@@ -170,6 +170,7 @@ bool Relay::send_proxy_header() {
   if (settings.proxy_protocol == config::ProxyProtocol::none) return true;
   const std::string header =
       proxy_header(settings.proxy_protocol, attempt_->client, SocketAddress(settings.vip, settings.port));
+  sends_ = 1;
   // The first bytes of a connection always find room.
   return ::send(fd(backend_side), header.data(), header.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(header.size());
 }
