@@ -86,6 +86,31 @@ TEST_F(Relay, TellsTheClientThatTheBackendHasReset) {
   EXPECT_EQ(end_of(client), ECONNRESET);
 }
 
+TEST_F(Relay, TellsTheBackendThatAHalfClosedClientHasReset) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  auto [client, server] = connect_through(backend);
+  send_all(client, "question");
+  send_end(client);
+  EXPECT_EQ(receive_all(server), "question");
+  // Nobody reads from this client any more, and there is nothing to write to it yet.
+  reset(std::move(client));
+  pollfd hung_up{server.get(), 0, 0};
+  EXPECT_EQ(::poll(&hung_up, 1, 10'000), 1);
+}
+
+TEST_F(Relay, TellsTheClientThatAHalfClosedBackendHasReset) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  auto [client, server] = connect_through(backend);
+  send_all(server, "welcome");
+  send_end(server);
+  EXPECT_EQ(receive_all(client), "welcome");
+  reset(std::move(server));
+  pollfd hung_up{client.get(), 0, 0};
+  EXPECT_EQ(::poll(&hung_up, 1, 10'000), 1);
+}
+
 TEST_F(Relay, TellsAWritingClientThatTheBackendHasReset) {
   const TcpListener backend;
   FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
