@@ -37,6 +37,8 @@ struct Choice {
   std::string json;
   std::string congestion_control;
   unsigned rounds = 0;
+  unsigned retries = 0;
+  bool urgent = false;
   bench::Options options;
 };
 
@@ -75,19 +77,49 @@ void raise_descriptor_limit() {
   ::setrlimit(RLIMIT_NOFILE, &limit);
 }
 
+/// More CPUs than that, kept busy by others, make a trial doubtful.
+constexpr double disturbing = 0.1;
+
 std::string in_words(const bench::Measure& measure, const bench::Trial& trial) {
   if (!trial.error.empty()) return trial.error;
   std::string text = fmt::format("{:.{}f} {}", trial.figures.first, measure.first.decimals, measure.first.title);
   if (std::isfinite(trial.figures.second))
     text += fmt::format(", {:.{}f} {}", trial.figures.second, measure.second.decimals, measure.second.title);
+  if (trial.figures.bystanders > disturbing) text += fmt::format(", others took {:.2f} CPUs", trial.figures.bystanders);
   if (trial.figures.failures > 0) text += fmt::format(", {} FAILURES", trial.figures.failures);
   return text;
 }
 
-std::vector<bench::Series> measure(const Choice& choice, const std::vector<const bench::Measure*>& measures,
-                                   const std::vector<const bench::Peer*>& peers) {
+/// One trial; while others disturb, up to `retries` more, of which the least disturbed counts, whatever its figures.
+bench::Trial least_disturbed(const Choice& choice, const bench::Measure& measure, const bench::Peer& peer) {
   // a start, the warm-up, the load, and as much again for a slow machine
   const auto patience = std::chrono::ceil<std::chrono::seconds>(choice.options.seconds * 2) + std::chrono::seconds(60);
+  const auto take = [&] {
+    return bench::on_stage(choice.congestion_control, patience, [&] { return measure.take(peer, choice.options); });
+  };
+  bench::Trial best = take();
+  for (unsigned i = 0; i < choice.retries && best.figures.bystanders > disturbing; ++i) {
+    bench::Trial next = take();
+    next.figures.failures += best.figures.failures;  // a failure is never forgotten
+    if (!next.error.empty()) return next;
+    if (next.figures.bystanders < best.figures.bystanders)
+      best = std::move(next);
+    else
+      best.figures.failures = next.figures.failures;
+  }
+  return best;
+}
+
+/// Be scheduled before everything else on this machine, this session's other programs and other sessions' included.
+void become_urgent() {
+  // Nice values compare within an autogroup, and autogroups by their own. A new session is a new autogroup.
+  ::setsid();  // fails for the leader of a process group, which has to make do with its group
+  std::ofstream("/proc/self/autogroup") << "-20" << std::flush;
+  if (::setpriority(PRIO_PROCESS, 0, -20) != 0) throw std::runtime_error("the priority cannot be raised");
+}
+
+std::vector<bench::Series> measure(const Choice& choice, const std::vector<const bench::Measure*>& measures,
+                                   const std::vector<const bench::Peer*>& peers) {
   std::vector<bench::Series> all;
   for (const bench::Measure* measure : measures) {
     std::vector<const bench::Peer*> taking_part;
@@ -99,8 +131,7 @@ std::vector<bench::Series> measure(const Choice& choice, const std::vector<const
 
     for (unsigned round = 0; round < choice.rounds; ++round) {
       for (std::size_t i = 0; i < taking_part.size(); ++i) {
-        series[i].trials.push_back(bench::on_stage(choice.congestion_control, patience,
-                                                   [&] { return measure->take(*taking_part[i], choice.options); }));
+        series[i].trials.push_back(least_disturbed(choice, *measure, *taking_part[i]));
         fmt::print(stderr, "{} {}/{} {}: {}\n", measure->name, round + 1, choice.rounds, taking_part[i]->name,
                    in_words(*measure, series[i].trials.back()));
       }
@@ -116,6 +147,7 @@ void run(const Choice& choice) {
   const auto measures = chosen(bench::all_measures(), choice.measures);
   if (::geteuid() != 0) throw std::runtime_error("needs root: it makes namespaces");
   raise_descriptor_limit();
+  if (choice.urgent) become_urgent();
 
   const std::vector<bench::Series> series = measure(choice, measures, peers);
   fmt::print("{}\n{} rounds, {} s each, {} threads for each proxy, {}\n", bench::machine(), choice.rounds,
@@ -145,7 +177,10 @@ int main(int argc, char** argv) {
   add("threads", po::value(&choice.options.threads)->default_value(2), "of each proxy");
   add("congestion-control", po::value(&choice.congestion_control)->default_value("reno"),
       "of every connection; bbr, the default of some hosts, paces loopback and hides every difference");
-  add("fallback-proxy", po::value(&choice.fallback_proxy)->value_name("PATH"), "default: the one of the same build");
+  add("fallback-proxy", po::value(&choice.fallback_proxy)->value_name("PATH"), "default: the one of this build");
+  add("urgent", po::bool_switch(&choice.urgent), "take precedence over everything else on this machine: it is shared");
+  add("retries", po::value(&choice.retries)->default_value(2),
+      "more trials, at most, when others disturbed one; the least disturbed counts");
   add("json", po::value(&choice.json)->value_name("FILE"), "write every figure there too");
   try {
     po::variables_map given;
