@@ -124,7 +124,7 @@ std::vector<bench::Series> measure(const Choice& choice, const std::vector<const
   for (const bench::Measure* measure : measures) {
     std::vector<const bench::Peer*> taking_part;
     for (const bench::Peer* peer : peers)
-      if (measure->with_direct || !peer->is_direct()) taking_part.push_back(peer);
+      if (peer->takes_part(measure->name)) taking_part.push_back(peer);
     std::vector<bench::Series> series;
     for (const bench::Peer* peer : taking_part)
       series.push_back({.measure = measure, .peer = peer->name, .trials = {}});
@@ -141,7 +141,8 @@ std::vector<bench::Series> measure(const Choice& choice, const std::vector<const
   return all;
 }
 
-void run(const Choice& choice) {
+/// False when something failed.
+bool run(const Choice& choice) {
   const std::vector<bench::Peer> all_peers = bench::all_peers(choice.fallback_proxy);
   const auto peers = present(chosen(all_peers, choice.only));
   const auto measures = chosen(bench::all_measures(), choice.measures);
@@ -158,6 +159,7 @@ void run(const Choice& choice) {
     if (!(file << boost::json::serialize(bench::as_json(series, choice.options)) << '\n' << std::flush))
       throw std::runtime_error(choice.json + " cannot be written");
   }
+  return !bench::failed(series);
 }
 
 }  // namespace
@@ -169,7 +171,7 @@ int main(int argc, char** argv) {
   auto add = options.add_options();
   add("help", "show this text");
   add("only", po::value(&choice.only)->multitoken()->value_name("PEER..."),
-      "peers: direct haproxy haproxy-splice nginx fallback_proxy; all by default");
+      "peers: direct haproxy haproxy-splice nginx fallback_proxy fallback_proxy-vips; all by default");
   add("measure", po::value(&choice.measures)->multitoken()->value_name("MEASURE..."),
       "measures: bulk1 bulk8 short request idle listeners; all by default");
   add("rounds", po::value(&choice.rounds)->default_value(5), "rounds, in each of which every peer has its turn");
@@ -197,7 +199,7 @@ int main(int argc, char** argv) {
     if (choice.fallback_proxy.empty())
       choice.fallback_proxy = self.parent_path() / "../../../fallback_proxy/fallback_proxy";
     choice.fallback_proxy = std::filesystem::absolute(choice.fallback_proxy).lexically_normal();
-    run(choice);
+    return run(choice) ? 0 : 1;
   } catch (const po::error& error) {
     fmt::print(stderr, "bench_proxy: {}\n", error.what());
     return 2;
@@ -205,5 +207,4 @@ int main(int argc, char** argv) {
     fmt::print(stderr, "bench_proxy: {}\n", error.what());
     return 1;
   }
-  return 0;
 }

@@ -22,8 +22,6 @@ constexpr std::size_t request_size = 1024;
 constexpr std::size_t idle_connections = 9000;
 constexpr std::size_t listeners = 9500;
 
-const std::string vip = "127.0.0.2";
-
 /// CPU seconds of the whole machine so far, what a hypervisor took from it included.
 double machine_cpu_seconds() {
   std::ifstream file("/proc/stat");
@@ -57,7 +55,7 @@ Figures under_load(const Peer& peer, const Options& options, Behaviour behaviour
                    const std::function<Tally(const Endpoint&, const Schedule&)>& client) {
   const Server server(behaviour);
   std::optional<Proxy> proxy;
-  if (!peer.is_direct()) proxy.emplace(peer, Task{.vips = {vip}, .threads = options.threads});
+  if (!peer.is_direct()) proxy.emplace(peer, Task{.vips = peer.vips(1), .threads = options.threads});
 
   double of_proxy = 0;
   double of_others = 0;
@@ -68,7 +66,7 @@ Figures under_load(const Peer& peer, const Options& options, Behaviour behaviour
   };
   const Schedule schedule{
       .warm_up = warm_up, .length = options.seconds, .at_begin = [&] { read(-1); }, .at_end = [&] { read(1); }};
-  const Tally tally = client(peer.is_direct() ? backend : Endpoint{vip, vip_port}, schedule);
+  const Tally tally = client(peer.is_direct() ? backend : Endpoint{peer.vips(1).front(), vip_port}, schedule);
 
   const auto done = static_cast<double>(tally.done);
   Figures figures{
@@ -100,8 +98,8 @@ Figures requests(const Peer& peer, const Options& options) {
 
 Figures idle(const Peer& peer, const Options& options) {
   const Server server(Behaviour::echo);
-  const Proxy proxy(peer, {.vips = {vip}, .threads = options.threads});
-  const Endpoint there{vip, vip_port};
+  const Proxy proxy(peer, {.vips = peer.vips(1), .threads = options.threads});
+  const Endpoint there{peer.vips(1).front(), vip_port};
   open_idle(there, in_flight);  // what the first connections need is no matter of their number
   const double before = proxy.memory("Rss");
   Idle idle = open_idle(there, idle_connections);
@@ -118,13 +116,12 @@ Figures idle(const Peer& peer, const Options& options) {
 
 Figures many_listeners(const Peer& peer, const Options& options) {
   const Server server(Behaviour::echo);
-  Task task{.vips = {}, .threads = options.threads};
-  for (std::size_t i = 0; i < listeners; ++i) task.vips.push_back(fmt::format("127.96.{}.{}", i / 250, 1 + i % 250));
+  const Task task{.vips = peer.vips(listeners), .threads = options.threads};
   const Proxy proxy(peer, task);
   Figures figures{.first = proxy.seconds_until_ready(), .second = proxy.memory("Pss") / 1024};
   constexpr std::uint64_t enough = 10;  // a VIP that does not answer takes a second
-  for (std::size_t i = 0; i < listeners && figures.failures < enough; ++i)
-    if (!answers({task.vips[i], vip_port})) ++figures.failures;
+  for (const std::string& vip : task.vips)
+    if (figures.failures < enough && !answers({vip, vip_port})) ++figures.failures;
   return figures;
 }
 
@@ -132,29 +129,17 @@ Figures many_listeners(const Peer& peer, const Options& options) {
 
 const std::vector<Measure>& all_measures() {
   static const std::vector<Measure> all = {
-      {.name = "bulk1",
-       .title = "bulk, 1 stream",
-       .first = {"Gbit/s", 1},
-       .second = {"CPU s/GB", 3},
-       .with_direct = true,
-       .take = bulk<1>},
-      {.name = "bulk8",
-       .title = "bulk, 8 streams",
-       .first = {"Gbit/s", 1},
-       .second = {"CPU s/GB", 3},
-       .with_direct = true,
-       .take = bulk<8>},
+      {.name = "bulk1", .title = "bulk, 1 stream", .first = {"Gbit/s", 1}, .second = {"CPU s/GB", 3}, .take = bulk<1>},
+      {.name = "bulk8", .title = "bulk, 8 streams", .first = {"Gbit/s", 1}, .second = {"CPU s/GB", 3}, .take = bulk<8>},
       {.name = "short",
        .title = fmt::format("short connections, {} in flight, 1 byte each way", in_flight),
        .first = {"connections/s", 0},
        .second = {"CPU us each", 1},
-       .with_direct = true,
        .take = connections},
       {.name = "request",
        .title = fmt::format("request and reply of {} bytes on {} connections", request_size, in_flight),
        .first = {"k/s", 1},
        .second = {"CPU us each", 2},
-       .with_direct = true,
        .take = requests},
       {.name = "idle",
        .title = fmt::format("{} idle connections", idle_connections),

@@ -27,7 +27,6 @@ struct Measure {
   std::string title;
   Column first;
   Column second;
-  bool with_direct = false;  // the direct connection has a first figure too
   /// Called on a stage of its own.
   Figures (*take)(const Peer& peer, const Options& options) = nullptr;
 };

@@ -31,11 +31,11 @@ constexpr std::chrono::seconds start_limit(30);
 // Each peer as Debian ships it, but for the number of threads and room for connections. Each VIP is a service of its
 // own.
 
-std::string haproxy_config(const Task& task, const std::string& globals, const std::string& options) {
+std::string haproxy_config(const Task& task, const std::string& options) {
   std::string text = fmt::format(
-      "global\n  nbthread {}\n{}"
+      "global\n  nbthread {}\n"
       "defaults\n  mode tcp\n  timeout connect 5s\n  timeout client 10m\n  timeout server 10m\n{}",
-      task.threads, globals, options);
+      task.threads, options);
   for (std::size_t i = 0; i < task.vips.size(); ++i) {
     text += fmt::format("listen bench{}\n  bind {}:{}\n  server backend {}:{}\n", i, task.vips[i], vip_port,
                         backend.address, backend.port);
@@ -75,6 +75,13 @@ std::vector<std::string> fallback_proxy_arguments(const std::string& file) { ret
 std::string read_file(const std::string& path) {
   std::ifstream file(path);
   return {std::istreambuf_iterator<char>(file), {}};
+}
+
+/// Enough of a log to see what was wrong.
+std::string beginning_of(const std::string& log) {
+  std::string text = read_file(log).substr(0, 400);
+  while (text.ends_with('\n')) text.pop_back();
+  return text;
 }
 
 /// What it writes goes to `log`.
@@ -119,21 +126,44 @@ std::vector<pid_t> with_children(pid_t pid) {
 
 }  // namespace
 
+bool Peer::takes_part(const std::string& measure) const {
+  return measures.empty() || std::ranges::find(measures, measure) != measures.end();
+}
+
+std::vector<std::string> Peer::vips(std::size_t count) const {
+  std::vector<std::string> all;
+  for (std::size_t i = 0; i < count; ++i) all.push_back(fmt::format("{}.{}.{}", network, i / 250, 1 + i % 250));
+  return all;
+}
+
 std::vector<Peer> all_peers(const std::string& fallback_proxy) {
-  const auto haproxy = [](const Task& task) { return haproxy_config(task, "", ""); };
-  // HAProxy would set a fifth of its descriptors aside for pipes, and then has too few for 9,000 connections.
+  const auto haproxy = [](const Task& task) { return haproxy_config(task, ""); };
   const auto haproxy_splice = [](const Task& task) {
-    return haproxy_config(task, "  maxconn 9500\n  maxpipes 64\n",
-                          "  option splice-request\n  option splice-response\n");
+    return haproxy_config(task, "  option splice-request\n  option splice-response\n");
   };
-  const auto local = [](const Task& task) { return fallback_proxy_config(task, false); };
+  const auto loopback_vips = [](const Task& task) { return fallback_proxy_config(task, false); };
+  const auto local_vips = [](const Task& task) { return fallback_proxy_config(task, true); };
   const std::string haproxy_program = "/usr/sbin/haproxy";
   return {
-      {.name = "direct", .program = "", .config = {}, .arguments = nullptr},
+      {.name = "direct", .measures = {"bulk1", "bulk8", "short", "request"}},
       {.name = "haproxy", .program = haproxy_program, .config = haproxy, .arguments = haproxy_arguments},
-      {.name = "haproxy-splice", .program = haproxy_program, .config = haproxy_splice, .arguments = haproxy_arguments},
+      {.name = "haproxy-splice",
+       .program = haproxy_program,
+       .config = haproxy_splice,
+       .arguments = haproxy_arguments,
+       .measures = {"bulk1", "bulk8"}},
       {.name = "nginx", .program = "/usr/sbin/nginx", .config = nginx_config, .arguments = nginx_arguments},
-      {.name = "fallback_proxy", .program = fallback_proxy, .config = local, .arguments = fallback_proxy_arguments},
+      {.name = "fallback_proxy",
+       .program = fallback_proxy,
+       .config = loopback_vips,
+       .arguments = fallback_proxy_arguments},
+      // with VIPs that it has to make addresses of the host first
+      {.name = "fallback_proxy-vips",
+       .program = fallback_proxy,
+       .config = local_vips,
+       .arguments = fallback_proxy_arguments,
+       .network = "10.96",
+       .measures = {"listeners"}},
   };
 }
 
@@ -153,7 +183,7 @@ Proxy::Proxy(const Peer& peer, const Task& task) {
     if (ended || Clock::now() - begin > start_limit) {
       const std::string why = ended ? "ended" : fmt::format("not ready after {} s", start_limit.count());
       if (!ended) ::kill(pid_, SIGKILL);
-      throw std::runtime_error(fmt::format("{}: {}: {}", peer.program, why, read_file(log)));
+      throw std::runtime_error(fmt::format("{}: {}: {}", peer.program, why, beginning_of(log)));
     }
     std::this_thread::sleep_for(std::chrono::microseconds(500));
   }

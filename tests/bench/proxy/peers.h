@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -29,11 +30,15 @@ inline const Endpoint backend = {.address = "127.0.0.1", .port = 900};
 /// One who takes part.
 struct Peer {
   std::string name;
-  std::string program;                             // empty: the client connects to the backend itself
-  std::function<std::string(const Task&)> config;  // the text of its configuration
+  std::string program = {};                             // empty: the client connects to the backend itself
+  std::function<std::string(const Task&)> config = {};  // the text of its configuration
   std::vector<std::string> (*arguments)(const std::string& file) = nullptr;
+  std::string network = "127.96";          // of its VIPs
+  std::vector<std::string> measures = {};  // in which it takes part; empty: in all
 
   bool is_direct() const { return program.empty(); }
+  bool takes_part(const std::string& measure) const;
+  std::vector<std::string> vips(std::size_t count) const;
 };
 
 /// Everybody whom this program can measure, in the order of the tables. `fallback_proxy` is its path.

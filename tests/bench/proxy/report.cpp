@@ -107,12 +107,12 @@ std::uint64_t failures(const Series& series) {
 }
 
 std::string figure_lines(const std::vector<const Series*>& all, const Column& column, bool second) {
-  std::string text = fmt::format("  {:<16}{:>10}{:>10}{:>10}\n", column.title, "min", "median", "max");
+  std::string text = fmt::format("  {:<20}{:>10}{:>10}{:>10}\n", column.title, "min", "median", "max");
   for (const Series* one : all) {
     const Spread of = spread(*one, second);
     if (second && !std::isfinite(of.median)) continue;
-    text += fmt::format("  {:<16}{}", one->peer, columns(of, column.decimals));
-    const Goal* goal = one->peer == subject ? find_goal(*one->measure, second, "") : nullptr;
+    text += fmt::format("  {:<20}{}", one->peer, columns(of, column.decimals));
+    const Goal* goal = one->peer.starts_with(subject) ? find_goal(*one->measure, second, "") : nullptr;
     if (goal != nullptr) text += verdict(*goal, of.median);
     text += '\n';
   }
@@ -134,7 +134,7 @@ std::string ratio_lines(const std::vector<const Series*>& all, const Column& col
     if (to == nullptr || of == to) continue;
     const Spread spread = ratio(*of, *to, second);
     if (!std::isfinite(spread.median)) continue;
-    text += fmt::format("  {:<34}{}", of->peer + " / " + to->peer, columns(spread, 2));
+    text += fmt::format("  {:<38}{}", of->peer + " / " + to->peer, columns(spread, 2));
     if (const Goal* goal = find_goal(*one->measure, second, to->peer); goal != nullptr && of->peer == subject)
       text += verdict(*goal, spread.median);
     text += '\n';
@@ -183,6 +183,13 @@ std::string machine() {
   const double memory = static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGE_SIZE));
   return fmt::format("Linux {}, {} CPUs ({}), {:.1f} GiB", kernel.release, ::sysconf(_SC_NPROCESSORS_ONLN), model,
                      memory / (1 << 30));
+}
+
+bool failed(const std::vector<Series>& series) {
+  return std::ranges::any_of(series, [](const Series& one) {
+    return failures(one) > 0 ||
+           std::ranges::any_of(one.trials, [](const Trial& trial) { return !trial.error.empty(); });
+  });
 }
 
 std::string tables(const std::vector<Series>& series) {

@@ -20,6 +20,9 @@ struct Series {
 /// One line on what was measured on: kernel, CPUs, memory.
 std::string machine();
 
+/// Whether a trial failed or a connection did.
+bool failed(const std::vector<Series>& series);
+
 /// All tables: the figures of each measure, then the ratios of the same round's figures, with the goal where there is
 /// one.
 std::string tables(const std::vector<Series>& series);
