@@ -82,9 +82,7 @@ bool Listener::accept_one() {
   if (&target == &worker_) {
     worker_.start(std::move(accepted));
   } else {
-    std::vector<Accepted> one;
-    one.push_back(std::move(accepted));
-    target.take(std::move(one));
+    target.take(std::move(accepted));
   }
   return true;
 }
@@ -92,7 +90,7 @@ bool Listener::accept_one() {
 Worker& Listener::least_loaded() const {
   Worker* least = &worker_;
   for (const auto& worker : workers_) {
-    if (worker->live() < least->live()) least = worker.get();
+    if (worker->live() + worker_.reluctance() < least->live()) least = worker.get();
   }
   return *least;
 }

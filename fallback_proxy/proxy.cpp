@@ -104,6 +104,7 @@ Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
 }
 
 Proxy::~Proxy() {
+  // Listeners are shared with them, and they know each other.
   for (const auto& worker : workers_) worker->stop();
 }
 
@@ -300,12 +301,15 @@ void Proxy::drain(std::function<void()> done) {
       else
         close_listener(served, true, posts);
     }
+    // Behind the listeners: when a worker has done this, it has accepted all that was queued.
+    workers_accepting_ = workers_.size();
+    for (const auto& worker : workers_) posts.add(*worker, [this] { --workers_accepting_; });
   }
   wait_for_end(Clock::now() + config_.userspace.drain_timeout, std::move(done));
 }
 
 void Proxy::wait_for_end(Clock::time_point until, std::function<void()> done) {
-  // Not before the listeners have accepted what was queued.
+  if (workers_accepting_ == 0 && connections() == 0) return done();
   if (Clock::now() >= until) {
     for (const auto& worker : workers_)
       worker->post([&worker = *worker] {
@@ -315,9 +319,7 @@ void Proxy::wait_for_end(Clock::time_point until, std::function<void()> done) {
   }
   drain_timer_.expires_after(20ms);
   drain_timer_.async_wait([this, until, done = std::move(done)](const boost::system::error_code& error) mutable {
-    if (error) return;
-    if (connections() == 0) return done();
-    wait_for_end(until, std::move(done));
+    if (!error) wait_for_end(until, std::move(done));
   });
 }
 

@@ -95,6 +95,7 @@ class Proxy {
   std::vector<Leaving> leaving_;
   boost::asio::steady_timer leaving_timer_;
   boost::asio::steady_timer drain_timer_;
+  std::atomic<std::size_t> workers_accepting_ = 0;  // while draining
 };
 
 }  // namespace userspace
