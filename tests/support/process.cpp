@@ -96,6 +96,18 @@ void Process::wait_for_output(const std::string& text) {
       throw std::runtime_error("a program ended without \"" + text + "\"; it wrote: " + finished_.out + finished_.err);
 }
 
+std::string Process::wait_for_error(const std::string& text) {
+  for (;;) {
+    const std::size_t found = finished_.err.find(text, heard_);
+    const std::size_t end = found == std::string::npos ? found : finished_.err.find('\n', found);
+    if (end != std::string::npos) {
+      const std::size_t start = std::exchange(heard_, end + 1);
+      return finished_.err.substr(start, end - start);
+    }
+    if (!read_more()) throw std::runtime_error("a program ended without \"" + text + "\"; it wrote: " + finished_.err);
+  }
+}
+
 Finished Process::wait() {
   while (read_more()) {
   }

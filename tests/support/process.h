@@ -31,8 +31,14 @@ class Process {
   /// Block until the program has written `text` to its stdout. Throws when it ends without.
   void wait_for_output(const std::string& text);
 
+  /// Block until the program has written `text` to its stderr, behind what an earlier call has found there; returns
+  /// what it wrote up to the end of that line. Throws when it ends without.
+  std::string wait_for_error(const std::string& text);
+
   /// Block until it ends.
   Finished wait();
+
+  pid_t pid() const { return pid_; }
 
  private:
   bool read_more();
@@ -41,6 +47,7 @@ class Process {
   Fd out_;
   Fd err_;
   Finished finished_;
+  std::size_t heard_ = 0;  // of what it wrote to stderr
 };
 
 Finished run(const std::vector<std::string>& command);

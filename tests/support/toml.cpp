@@ -20,9 +20,19 @@ std::string toml(const std::vector<Service>& services, Limits limits) {
     for (const Backend& backend : service.backends)
       text += fmt::format("  {{ address = \"{}\", port = {}, weight = {}, state = \"{}\" }},\n", backend.address,
                           backend.port, backend.weight, backend.state);
-    text += "]\n";
+    text += "]\n" + service.more;
   }
   return text;
+}
+
+std::string proxy_toml(const std::vector<Service>& services, const Userspace& userspace, Limits limits) {
+  std::string text = fmt::format(
+      "[userspace]\nthreads = {}\nconnect_timeout = \"{}\"\nidle_timeout = \"{}\"\ndrain_timeout = \"{}\"\n"
+      "udp_timeout = \"{}\"\nlocal_vips = {}\nallow_from = [",
+      userspace.threads, userspace.connect_timeout, userspace.idle_timeout, userspace.drain_timeout,
+      userspace.udp_timeout, userspace.local_vips);
+  for (const std::string& network : userspace.allow_from) text += fmt::format("\"{}\", ", network);
+  return text + "]\n\n" + toml(services, limits);
 }
 
 }  // namespace support

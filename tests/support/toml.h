@@ -26,6 +26,7 @@ struct Service {
   std::uint16_t port;
   std::vector<Backend> backends;
   std::string no_backend = "refuse";
+  std::string more = {};  // other keys, as lines: "policy = \"maglev\"\n"
 };
 
 struct Limits {
@@ -33,10 +34,23 @@ struct Limits {
   std::uint32_t backends = 4096;
 };
 
+/// The table [userspace]. Not those of the engine, but what suits tests: 127.0.0.0/8 is local already, and few threads.
+struct Userspace {
+  std::uint32_t threads = 2;
+  std::string connect_timeout = "2s";
+  std::string idle_timeout = "0s";
+  std::string drain_timeout = "30s";
+  std::string udp_timeout = "60s";
+  bool local_vips = false;
+  std::vector<std::string> allow_from = {};
+};
+
 /// Services "more-0", "more-1", ... with VIPs in 10.98.0.0/16: with enough of them, the kernel's maps are outgrown.
 std::vector<Service> more_services(std::uint32_t count, const Backend& backend);
 
 /// The configuration's text.
 std::string toml(const std::vector<Service>& services, Limits limits = {});
+/// The same for the userspace engine.
+std::string proxy_toml(const std::vector<Service>& services, const Userspace& userspace = {}, Limits limits = {});
 
 }  // namespace support

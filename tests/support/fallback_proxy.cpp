@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "tests/support/fallback_proxy.h"
+
+#include <fmt/format.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <sstream>
+#include <utility>
+
+#include "tests/support/fd.h"
+
+namespace support {
+namespace {
+
+std::shared_ptr<const FallbackProxy::Files> files_with(const std::string& text) {
+  auto files = std::make_shared<FallbackProxy::Files>();
+  files->write(text);
+  return files;
+}
+
+}  // namespace
+
+void FallbackProxy::Files::write(const std::string& text) const {
+  directory_.write("clusterip.toml", fmt::format("[engine]\ncontrol = \"{}\"\n\n{}", control(), text));
+}
+
+FallbackProxy::FallbackProxy(const std::string& text, const std::function<void()>& prepare)
+    : FallbackProxy(files_with(text), prepare) {}
+
+FallbackProxy::FallbackProxy(std::shared_ptr<const Files> files, const std::function<void()>& prepare)
+    : files_(std::move(files)), process_({CLUSTERIP_FALLBACK_PROXY, "--config", files_->config()}, nullptr, prepare) {
+  wait_for_log("serving ");
+}
+
+std::string FallbackProxy::reload(const std::string& text) {
+  files_->write(text);
+  signal(SIGHUP);
+  return wait_for_log(" serv");  // "serving 3 services", or "... is not valid: the configuration that serves ..."
+}
+
+void FallbackProxy::signal(int number) const { checked(::kill(pid(), number), "kill"); }
+
+Finished FallbackProxy::terminate() {
+  signal(SIGTERM);
+  return wait();
+}
+
+void FallbackProxy::kill() {
+  signal(SIGKILL);
+  wait();
+}
+
+std::size_t FallbackProxy::open_files() const {
+  std::filesystem::directory_iterator files(fmt::format("/proc/{}/fd", pid()));
+  return static_cast<std::size_t>(std::distance(begin(files), end(files)));
+}
+
+std::size_t FallbackProxy::resident_bytes() const {
+  std::istringstream statm(read_text(fmt::format("/proc/{}/statm", pid())));
+  std::size_t size = 0;
+  std::size_t resident = 0;
+  statm >> size >> resident;
+  return resident * static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+}
+
+std::chrono::milliseconds FallbackProxy::cpu_time() const {
+  // proc(5): the name ends with the last ')'; utime and stime are the 14th and 15th field, in ticks.
+  const std::string stat = read_text(fmt::format("/proc/{}/stat", pid()));
+  std::istringstream fields(stat.substr(stat.rfind(')') + 1));
+  std::string ignored;
+  for (int field = 3; field < 14; ++field) fields >> ignored;
+  long user = 0;
+  long system = 0;
+  fields >> user >> system;
+  return std::chrono::milliseconds((user + system) * 1000 / ::sysconf(_SC_CLK_TCK));
+}
+
+}  // namespace support
