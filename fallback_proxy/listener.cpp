@@ -30,8 +30,9 @@ config::Result<config::Fd> open_listening_socket(const config::Service& service)
   // What is accepted inherits these.
   set_no_delay(socket.get());
   set_keep_alive(socket.get());
-  if (::bind(socket.get(), vip.get(), vip.length) != 0) return config::fail_errno(errno, "binding " + vip.text());
-  if (::listen(socket.get(), backlog) != 0) return config::fail_errno(errno, "listening on " + vip.text());
+  const std::string text = vip.text();  // before errno is what matters
+  if (::bind(socket.get(), vip.get(), vip.length) != 0) return config::fail_errno(errno, "binding " + text);
+  if (::listen(socket.get(), backlog) != 0) return config::fail_errno(errno, "listening on " + text);
   return socket;
 }
 

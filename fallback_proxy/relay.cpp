@@ -87,7 +87,11 @@ Relay::Relay(Worker& worker, Accepted accepted)
   legs_[client].socket.assign(accepted.socket.release());
 }
 
-Relay::~Relay() { worker_.ended(!is_kept_alive_); }
+Relay::~Relay() {
+  // Cut off in the middle: no side may take it for the end.
+  if (phase_ != Phase::closed) reset();
+  worker_.ended(!is_kept_alive_);
+}
 
 void Relay::start(Worker& worker, Accepted accepted) {
   auto* relay = new Relay(worker, std::move(accepted));  // deletes itself
@@ -166,6 +170,7 @@ bool Relay::send_proxy_header() {
   if (settings.proxy_protocol == config::ProxyProtocol::none) return true;
   const std::string header =
       proxy_header(settings.proxy_protocol, attempt_->client, SocketAddress(settings.vip, settings.port));
+  sends_ = 1;
   // The first bytes of a connection always find room.
   return ::send(fd(backend_side), header.data(), header.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(header.size());
 }

@@ -41,7 +41,7 @@ FallbackProxy::FallbackProxy(std::shared_ptr<const Files> files, const std::func
 std::string FallbackProxy::reload(const std::string& text) {
   files_->write(text);
   signal(SIGHUP);
-  return wait_for_log(" serv");  // "serving 3 services", or "... is not valid: the configuration that serves ..."
+  return wait_for_log("serving");  // "serving 3 services", or "... is not valid: ... goes on serving"
 }
 
 void FallbackProxy::signal(int number) const { checked(::kill(pid(), number), "kill"); }
