@@ -11,7 +11,9 @@ namespace userspace {
 
 class Admission {
  public:
-  explicit Admission(std::int64_t connections) : free_(connections) {}
+  explicit Admission(std::int64_t connections) : limit_(connections), free_(connections) {}
+
+  std::int64_t limit() const { return limit_.load(std::memory_order_relaxed); }
 
   bool take() {
     if (free_.fetch_sub(1, std::memory_order_relaxed) > 0) return true;
@@ -20,9 +22,13 @@ class Admission {
   }
   void give_back() { free_.fetch_add(1, std::memory_order_relaxed); }
   /// After a reload, which may have changed the number of listeners.
-  void change(std::int64_t by) { free_.fetch_add(by, std::memory_order_relaxed); }
+  void change(std::int64_t by) {
+    limit_.fetch_add(by, std::memory_order_relaxed);
+    free_.fetch_add(by, std::memory_order_relaxed);
+  }
 
  private:
+  std::atomic<std::int64_t> limit_;
   std::atomic<std::int64_t> free_;
 };
 

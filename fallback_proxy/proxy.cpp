@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <set>
@@ -52,6 +53,8 @@ std::int64_t connection_limit(std::size_t threads) {
   return std::max<std::int64_t>(left / descriptors_per_connection, 1);
 }
 
+constexpr const char* other_engine = "wants the engine bpf, and this is the userspace engine";
+
 bool wants(const config::Service& service, config::EngineMode engine) { return service.engine == engine; }
 
 }  // namespace
@@ -92,12 +95,11 @@ Proxy::~Proxy() = default;
 Problems Proxy::apply(config::Config config) {
   Problems problems;
   config_ = std::move(config);
-  std::set<Key> kept;
+  std::set<SocketName> kept;
   for (const config::Service& settings : config_.services) {
-    const Key key{settings.vip, settings.port, settings.protocol};
+    const SocketName key{settings.vip, settings.port, settings.protocol};
     if (wants(settings, config::EngineMode::bpf)) {
-      problems.push_back(fmt::format("service {}: wants the engine bpf, and this is the userspace engine",
-                                     config::printable(settings.name)));
+      problems.push_back(fmt::format("service {}: {}", config::printable(settings.name), other_engine));
       continue;
     }
     kept.insert(key);
@@ -130,6 +132,7 @@ Problems Proxy::apply(config::Config config) {
     reset_leaving(*entry->second.service, nullptr, posts);
     served_.erase(entry);
   }
+  inherited_.clear();
   watch_leaving();
   return problems;
 }
@@ -171,8 +174,17 @@ void Proxy::update(Served& served, std::shared_ptr<const Service> next, Posts& p
   if (before) reset_leaving(*before, served.service.get(), posts);
 }
 
+config::Result<config::Fd> Proxy::socket_for(const Service& service) {
+  const config::Service& settings = service.settings();
+  const auto inherited = inherited_.find({settings.vip, settings.port, settings.protocol});
+  if (inherited == inherited_.end()) return open_listening_socket(settings);
+  config::Fd socket = std::move(inherited->second);
+  inherited_.erase(inherited);
+  return socket;
+}
+
 void Proxy::open_listener(Served& served, Posts& posts) {
-  auto socket = open_listening_socket(served.service->settings());
+  auto socket = socket_for(*served.service);
   if (!socket) {
     served.problem = socket.error().message;
     return;
@@ -209,21 +221,27 @@ Worker& Proxy::next_worker() { return *workers_[next_worker_++ % workers_.size()
 
 Problems Proxy::make_vips_local() {
   Problems problems;
-  if (!config_.userspace.local_vips) return problems;
+  if (!config_.userspace.local_vips || is_handing_over_) return problems;
+  vip_problems_.clear();
   if (!local_vips_) {
     auto opened = LocalVips::open();
     if (!opened) return {opened.error().message};
     local_vips_.emplace(std::move(*opened));
   }
-  std::set<config::Address> wanted;
+  auto failures = local_vips_->reconcile(vips());
+  if (!failures) return {failures.error().message};
+  for (const auto& failure : *failures) {
+    problems.push_back(fmt::format("vip {}: {}", failure.vip.to_string(), failure.reason));
+    vip_problems_.emplace(failure.vip, problems.back());
+  }
+  return problems;
+}
+
+std::vector<config::Address> Proxy::vips() const {
+  std::set<config::Address> wanted(predecessor_vips_.begin(), predecessor_vips_.end());
   for (const auto& [key, served] : served_) wanted.insert(std::get<config::Address>(key));
   for (const Leaving& leaving : leaving_) wanted.insert(leaving.vip);
-  const std::vector<config::Address> list(wanted.begin(), wanted.end());
-  auto failures = local_vips_->reconcile(list);
-  if (!failures) return {failures.error().message};
-  for (const auto& failure : *failures)
-    problems.push_back(fmt::format("vip {}: {}", failure.vip.to_string(), failure.reason));
-  return problems;
+  return {wanted.begin(), wanted.end()};
 }
 
 /// Looks every second, as long as a VIP is leaving.
@@ -254,7 +272,85 @@ std::size_t Proxy::connections() const {
   return sum;
 }
 
+void Proxy::inherit(std::map<SocketName, config::Fd> sockets, std::vector<config::Address> vips) {
+  inherited_ = std::move(sockets);
+  predecessor_vips_ = std::move(vips);
+}
+
+void Proxy::predecessor_has_ended() {
+  predecessor_vips_.clear();
+  make_vips_local();
+}
+
+void Proxy::cancel_hand_over() {
+  is_handing_over_ = false;
+  make_vips_local();
+}
+
+std::vector<std::pair<SocketName, int>> Proxy::sockets() const {
+  std::vector<std::pair<SocketName, int>> sockets;
+  for (const auto& [key, served] : served_) {
+    if (served.listener) sockets.emplace_back(key, served.listener->socket());
+  }
+  return sockets;
+}
+
+Status Proxy::status() const {
+  Status status{.version = CLUSTERIP_VERSION,
+                .pid = ::getpid(),
+                .since = since_,
+                .threads = workers_.size(),
+                .connections = connections(),
+                .connection_limit = static_cast<std::uint64_t>(admission_.limit())};
+  status.services.reserve(config_.services.size());
+  for (const config::Service& settings : config_.services) status.services.push_back(status_of(settings));
+  return status;
+}
+
+ServiceStatus Proxy::status_of(const config::Service& settings) const {
+  ServiceStatus status{.name = settings.name,
+                       .vip = settings.vip,
+                       .port = settings.port,
+                       .protocol = settings.protocol,
+                       .policy = settings.policy};
+  const auto found = served_.find({settings.vip, settings.port, settings.protocol});
+  if (found == served_.end()) {
+    status.reason = other_engine;
+    return status;
+  }
+  const Served& served = found->second;
+  const auto vip_problem = vip_problems_.find(settings.vip);
+  status.is_serving = served.listener != nullptr;
+  if (is_draining_)
+    status.reason = "the proxy is ending";
+  else if (!served.problem.empty())
+    status.reason = served.problem;
+  else if (served.service->is_empty())
+    status.reason = "no active backend";
+  if (vip_problem != vip_problems_.end()) status.reason += (status.reason.empty() ? "" : "; ") + vip_problem->second;
+  const ServiceState& counted = *served.state;
+  status.refused = counted.refused.load(std::memory_order_relaxed);
+  status.denied = counted.denied.load(std::memory_order_relaxed);
+  status.received = counted.received.load(std::memory_order_relaxed);
+  status.sent = counted.sent.load(std::memory_order_relaxed);
+  const auto now = Clock::now();
+  const auto backends = served.service->backends();
+  for (std::size_t i = 0; i < backends.size(); ++i) {
+    const config::Backend& backend = settings.backends[i];
+    status.backends.push_back({.address = backend.address,
+                               .port = backend.port,
+                               .weight = backend.weight,
+                               .state = backend.state,
+                               .is_marked = backends[i]->is_marked(now),
+                               .live = backends[i]->live.load(std::memory_order_relaxed),
+                               .connects = backends[i]->connects.load(std::memory_order_relaxed),
+                               .failures = backends[i]->failures.load(std::memory_order_relaxed)});
+  }
+  return status;
+}
+
 void Proxy::drain(std::function<void()> done) {
+  is_draining_ = true;
   {
     Posts posts;
     for (auto& [key, served] : served_) close_listener(served, true, posts);
@@ -271,7 +367,8 @@ void Proxy::wait_for_end(Clock::time_point until, std::function<void()> done) {
   drain_timer_.expires_after(20ms);
   drain_timer_.async_wait([this, until, done = std::move(done)](const boost::system::error_code& error) mutable {
     if (error) return;
-    if (connections() == 0) return done();
+    // The routes of a predecessor's connections end with this process.
+    if (connections() == 0 && predecessor_vips_.empty()) return done();
     wait_for_end(until, std::move(done));
   });
 }
