@@ -30,8 +30,9 @@ config::Result<config::Fd> open_listening_socket(const config::Service& service)
   // What is accepted inherits these.
   set_no_delay(socket.get());
   set_keep_alive(socket.get());
-  if (::bind(socket.get(), vip.get(), vip.length) != 0) return config::fail_errno(errno, "binding " + vip.text());
-  if (::listen(socket.get(), backlog) != 0) return config::fail_errno(errno, "listening on " + vip.text());
+  const std::string text = vip.text();  // before errno is what matters
+  if (::bind(socket.get(), vip.get(), vip.length) != 0) return config::fail_errno(errno, "binding " + text);
+  if (::listen(socket.get(), backlog) != 0) return config::fail_errno(errno, "listening on " + text);
   return socket;
 }
 
@@ -82,9 +83,7 @@ bool Listener::accept_one() {
   if (&target == &worker_) {
     worker_.start(std::move(accepted));
   } else {
-    std::vector<Accepted> one;
-    one.push_back(std::move(accepted));
-    target.take(std::move(one));
+    target.take(std::move(accepted));
   }
   return true;
 }
@@ -92,7 +91,7 @@ bool Listener::accept_one() {
 Worker& Listener::least_loaded() const {
   Worker* least = &worker_;
   for (const auto& worker : workers_) {
-    if (worker->live() < least->live()) least = worker.get();
+    if (worker->live() + worker_.reluctance() < least->live()) least = worker.get();
   }
   return *least;
 }

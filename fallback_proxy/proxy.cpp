@@ -80,6 +80,7 @@ Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
       admission_(connection_limit(thread_count(first))),
       allowed_(std::make_shared<Allowed>(std::span<const std::string>(), own_addresses())),
       addresses_(control, [this] { allow(); }),
+      vips_timer_(control),
       leaving_timer_(control),
       drain_timer_(control) {
   const std::size_t threads = thread_count(first);
@@ -90,7 +91,14 @@ Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
   for (std::size_t i = 0; i < threads; ++i) workers_.push_back(std::make_unique<Worker>(settings, admission_));
 }
 
-Proxy::~Proxy() = default;
+Proxy::~Proxy() {
+  // Listeners are shared with them.
+  for (const auto& worker : workers_) worker->stop();
+  served_.clear();
+  workers_.clear();
+  // Behind the connections, which freeze without their routes. Failing is no matter: the next process sets it right.
+  if (local_vips_) (void)local_vips_->reconcile(predecessor_vips_);
+}
 
 Problems Proxy::apply(config::Config config) {
   Problems problems;
@@ -282,9 +290,25 @@ void Proxy::predecessor_has_ended() {
   make_vips_local();
 }
 
+void Proxy::begin_hand_over() {
+  is_handing_over_ = true;
+  has_given_vips_up_ = local_vips_.has_value();
+  local_vips_.reset();
+}
+
 void Proxy::cancel_hand_over() {
   is_handing_over_ = false;
+  if (has_given_vips_up_) regain_vips();
+}
+
+/// The process that was to take over may be ending still, and has the routes until then.
+void Proxy::regain_vips() {
   make_vips_local();
+  if (local_vips_) return;
+  vips_timer_.expires_after(100ms);
+  vips_timer_.async_wait([this](const boost::system::error_code& error) {
+    if (!error && !is_handing_over_) regain_vips();
+  });
 }
 
 std::vector<std::pair<SocketName, int>> Proxy::sockets() const {
@@ -354,22 +378,23 @@ void Proxy::drain(std::function<void()> done) {
   {
     Posts posts;
     for (auto& [key, served] : served_) close_listener(served, true, posts);
+    // Behind the listeners: when a worker has done this, it has accepted all that was queued.
+    workers_accepting_ = workers_.size();
+    for (const auto& worker : workers_) posts.add(*worker, [this] { --workers_accepting_; });
   }
   wait_for_end(Clock::now() + config_.userspace.drain_timeout, std::move(done));
 }
 
 void Proxy::wait_for_end(Clock::time_point until, std::function<void()> done) {
-  // Not before the listeners have accepted what was queued.
+  // A predecessor's connections need the routes, which end with this process.
+  if (workers_accepting_ == 0 && connections() == 0 && predecessor_vips_.empty()) return done();
   if (Clock::now() >= until) {
     for (const auto& worker : workers_)
       worker->post([&worker = *worker] { worker.reset_relays([](const Relay&) { return true; }); });
   }
   drain_timer_.expires_after(20ms);
   drain_timer_.async_wait([this, until, done = std::move(done)](const boost::system::error_code& error) mutable {
-    if (error) return;
-    // The routes of a predecessor's connections end with this process.
-    if (connections() == 0 && predecessor_vips_.empty()) return done();
-    wait_for_end(until, std::move(done));
+    if (!error) wait_for_end(until, std::move(done));
   });
 }
 

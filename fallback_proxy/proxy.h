@@ -53,8 +53,9 @@ class Proxy {
   void inherit(std::map<SocketName, config::Fd> sockets, std::vector<config::Address> vips);
   void predecessor_has_ended();
 
-  /// Another process may make VIPs local as well: until cancel_hand_over(), no route is removed. After drain(), never.
-  void begin_hand_over() { is_handing_over_ = true; }
+  /// From now on the VIPs are another process's to make local, also after the end of this one, unless
+  /// cancel_hand_over() takes them back.
+  void begin_hand_over();
   void cancel_hand_over();
   /// The sockets of the services. They are this object's, until the next apply() or drain().
   std::vector<std::pair<SocketName, int>> sockets() const;
@@ -94,6 +95,7 @@ class Proxy {
   void reset_leaving(const Service& before, const Service* after, Posts& posts);
   Worker& next_worker();
   Problems make_vips_local();
+  void regain_vips();
   ServiceStatus status_of(const config::Service& settings) const;
   void watch_leaving();
   void allow();
@@ -112,11 +114,14 @@ class Proxy {
   std::map<SocketName, config::Fd> inherited_;           // and not used yet
   std::vector<config::Address> predecessor_vips_;
   bool is_handing_over_ = false;
+  bool has_given_vips_up_ = false;  // with the hand-over
+  boost::asio::steady_timer vips_timer_;
   bool is_draining_ = false;
   std::map<SocketName, Served> served_;
   std::vector<Leaving> leaving_;
   boost::asio::steady_timer leaving_timer_;
   boost::asio::steady_timer drain_timer_;
+  std::atomic<std::size_t> workers_accepting_ = 0;  // while draining
 };
 
 }  // namespace userspace

@@ -35,6 +35,13 @@ bool is_shortage(int error) { return error == EMFILE || error == ENFILE || error
 
 bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 
+/// Cheaper than asking for the state.
+bool is_connected(int fd) {
+  sockaddr_storage peer;
+  socklen_t length = sizeof peer;
+  return ::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &length) == 0;
+}
+
 std::uint8_t tcp_state(int fd) {
   // The state is the first byte of tcp_info; the kernel copies as much as is asked for.
   std::uint8_t state = TCP_CLOSE;
@@ -80,7 +87,11 @@ Relay::Relay(Worker& worker, Accepted accepted)
   legs_[client].socket.assign(accepted.socket.release());
 }
 
-Relay::~Relay() { worker_.ended(); }
+Relay::~Relay() {
+  // Cut off in the middle: no side may take it for the end.
+  if (phase_ != Phase::closed) reset();
+  worker_.ended(!is_kept_alive_);
+}
 
 void Relay::start(Worker& worker, Accepted accepted) {
   auto* relay = new Relay(worker, std::move(accepted));  // deletes itself
@@ -118,11 +129,10 @@ int Relay::connect_to(const Backend& backend) {
     socket = config::Fd(::socket(backend.address.family(), type, IPPROTO_TCP));
   }
   if (!socket) return errno;
-  set_no_delay(socket.get());
   int error = ::connect(socket.get(), backend.address.get(), backend.address.length) == 0 ? 0 : errno;
   if (error != 0 && error != EINPROGRESS) return error;
   // On loopback and in a near network the connection stands when connect() returns, although that says EINPROGRESS.
-  if (error == EINPROGRESS && tcp_state(socket.get()) == TCP_ESTABLISHED) error = 0;
+  if (error == EINPROGRESS && is_connected(socket.get())) error = 0;
   legs_[backend_side].socket.assign(socket.release());
   return error;
 }
@@ -160,6 +170,7 @@ bool Relay::send_proxy_header() {
   if (settings.proxy_protocol == config::ProxyProtocol::none) return true;
   const std::string header =
       proxy_header(settings.proxy_protocol, attempt_->client, SocketAddress(settings.vip, settings.port));
+  sends_ = 1;
   // The first bytes of a connection always find room.
   return ::send(fd(backend_side), header.data(), header.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(header.size());
 }
@@ -211,7 +222,7 @@ void Relay::expire() {
     case Phase::open:
       if (!is_kept_alive_) {
         keep_alive();
-        if (worker_.settings().idle_timeout != Clock::duration::zero()) worker_.wait(*this, Worker::Wait::idle);
+        progress();
       } else {
         reset();  // idle, or half closed without progress
       }
@@ -266,10 +277,17 @@ std::int64_t Relay::receive(Side from) {
   if (size <= 0) return size;
   count(from, static_cast<std::size_t>(size));
   const std::string_view bytes(buffer.data(), static_cast<std::size_t>(size));
+  if (from == client) second_send_sets_no_delay();
   const ssize_t sent = ::send(fd(other(from)), bytes.data(), bytes.size(), MSG_NOSIGNAL);
   // What was not sent, for whatever reason, is for flush() to try again.
   if (sent < size) hold(from, bytes.substr(static_cast<std::size_t>(std::max<ssize_t>(sent, 0))));
   return size;
+}
+
+/// The first send never waits for an acknowledgement, and of a short connection it is the only one.
+void Relay::second_send_sets_no_delay() {
+  if (sends_ > 1) return;
+  if (++sends_ == 2) set_no_delay(fd(backend_side));
 }
 
 void Relay::hold(Side from, std::string_view bytes) {
@@ -373,7 +391,7 @@ void Relay::report(Side from) {
   counter.fetch_add(std::exchange(direction.unreported, 0), std::memory_order_relaxed);
 }
 
-/// Puts off what would end the connection for want of progress.
+/// Puts off what would end the connection for want of progress. A young one waits for its keepalive first.
 void Relay::progress() {
   if (!is_kept_alive_) return;
   if (directions_[client].is_finished || directions_[backend_side].is_finished) {
@@ -395,7 +413,6 @@ void Relay::finish(Side from) {
   direction.is_finished = true;
   if (directions_[to].is_finished) return close();
   ::shutdown(fd(to), SHUT_WR);
-  if (!is_kept_alive_) keep_alive();
   progress();
 }
 

@@ -119,6 +119,7 @@ class Relay : public Waiting, public Listed {
   std::int64_t receive(Side from);
   std::int64_t splice_in(Side from);
   bool forward(Side from, std::string_view bytes);
+  void second_send_sets_no_delay();
   void hold(Side from, std::string_view bytes);
   Flushed flush(Side from);
   Flushed flush_held(Side from);
@@ -147,6 +148,7 @@ class Relay : public Waiting, public Listed {
   std::uint32_t undelivered_ = 0;
   std::uint8_t waits_ = 0;
   Phase phase_ = Phase::connecting;
+  std::uint8_t sends_ = 0;  // to the backend, as far as 2
   bool is_kept_alive_ = false;
 };
 

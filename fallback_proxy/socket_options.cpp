@@ -16,9 +16,9 @@ void set_no_delay(int fd) { set(fd, IPPROTO_TCP, TCP_NODELAY, 1); }
 
 void set_keep_alive(int fd) {
   set(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
-  set(fd, IPPROTO_TCP, TCP_KEEPIDLE, 60);                 // s
-  set(fd, IPPROTO_TCP, TCP_KEEPINTVL, 15);                // s
-  set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 5 * 60 * 1000);  // ms
+  set(fd, IPPROTO_TCP, TCP_KEEPIDLE, 120);                 // s
+  set(fd, IPPROTO_TCP, TCP_KEEPINTVL, 60);                 // s
+  set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 15 * 60 * 1000);  // ms
 }
 
 void set_reset_on_close(int fd) {

@@ -8,9 +8,10 @@ namespace userspace {
 /// Whoever wants to wait for more bytes before sending has done so already.
 void set_no_delay(int fd);
 
-/// Finds a peer that has died: after a minute of silence it is asked every 15 s; one that has not answered for 5
-/// minutes, or has not acknowledged data for so long, is gone (tcp(7): TCP_USER_TIMEOUT overrides the number of
-/// probes). It is no shorter because a peer that lives but reads nothing would end as well.
+/// Finds a peer that has died: after two minutes of silence it is asked every minute, and one that has answered nothing
+/// for 15 minutes, or acknowledged no data, is gone (tcp(7); TCP_USER_TIMEOUT overrides the number of probes). No
+/// sooner, because the kernel also ends a peer that lives but has not read for that long (seen on 6.18: a window that
+/// stays at zero), and on the fast path such a reader may pause as long as it likes.
 void set_keep_alive(int fd);
 
 /// close() sends RST and forgets what is unsent.

@@ -52,17 +52,20 @@ Worker::Worker(const WorkerSettings& settings, Admission& admission)
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-Worker::~Worker() {
+void Worker::stop() {
   io_.stop();
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
+}
+
+Worker::~Worker() {
+  stop();
   relays_.clear_and_dispose([](Relay* relay) { delete relay; });
 }
 
-void Worker::take(std::vector<Accepted> accepted) {
-  live_.fetch_add(static_cast<std::uint32_t>(accepted.size()), std::memory_order_relaxed);
-  boost::asio::post(io_, [this, accepted = std::move(accepted)]() mutable {
-    for (Accepted& one : accepted) Relay::start(*this, std::move(one));
-  });
+void Worker::take(Accepted accepted) {
+  live_.fetch_add(1, std::memory_order_relaxed);
+  boost::asio::post(io_,
+                    [this, accepted = std::move(accepted)]() mutable { Relay::start(*this, std::move(accepted)); });
 }
 
 void Worker::post(std::function<void()> function) { boost::asio::post(io_, std::move(function)); }
@@ -74,7 +77,9 @@ void Worker::start(Accepted accepted) {
 
 void Worker::add(Relay& relay) { relays_.push_back(relay); }
 
-void Worker::ended() {
+void Worker::ended(bool was_young) {
+  constexpr std::uint32_t window = 16;
+  share_of_young_ = (share_of_young_ * (window - 1) + (was_young ? 256 : 0)) / window;
   live_.fetch_sub(1, std::memory_order_relaxed);
   admission_.give_back();
   if (!reserve_) reserve_ = open_reserve();

@@ -38,10 +38,13 @@ class Worker {
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
 
+  /// Ends the thread; the connections stay as they are until the object goes. For the thread that made it.
+  void stop();
+
   // From any thread.
 
-  /// Takes connections over.
-  void take(std::vector<Accepted> accepted);
+  /// Takes a connection over.
+  void take(Accepted accepted);
   /// Runs `function` in this thread.
   void post(std::function<void()> function);
   /// Connections that this thread has or is about to have.
@@ -57,8 +60,11 @@ class Worker {
 
   void start(Accepted accepted);
   void add(Relay& relay);
-  /// It has ended; its client has gone.
-  void ended();
+  /// It has ended. `was_young`: within a second.
+  void ended(bool was_young);
+  /// How many connections fewer another worker must have to be given one: giving it away costs about a tenth of what a
+  /// short connection costs in all, and pays only for one that stays.
+  std::uint32_t reluctance() const { return share_of_young_ > 128 ? 64 : 0; }
 
   enum class Wait : std::uint8_t { connecting, young, idle, half_closed, delivering };
   /// Calls relay.expire() once the time is over, unless it is told to wait for something else before.
@@ -84,6 +90,7 @@ class Worker {
   const WorkerSettings settings_;
   Admission& admission_;
   std::atomic<std::uint32_t> live_ = 0;
+  std::uint32_t share_of_young_ = 0;  // of those that ended lately, in 1/256
   std::vector<char> buffer_;
   PipePool pipes_;
   Random random_;

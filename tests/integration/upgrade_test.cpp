@@ -187,6 +187,45 @@ TEST_F(Upgrade, ResetsNothingThatIsQueued) {
   EXPECT_TRUE(std::filesystem::exists(old.files()->control())) << "the socket is the successor's";
 }
 
+TEST_F(Upgrade, VipsStayLocalForTheConnectionsOfTheOldOne) {
+  const NamedServer before("before", "127.0.0.1", NamedServer::Speaks::http), after("after");
+  const Userspace with_routes{.local_vips = true};
+  FallbackProxy old(proxy_toml({{"web", "10.96.0.1", 80, {backend(before)}}}, with_routes));
+  const Fd client = connected_to("10.96.0.1", 80);
+  ASSERT_TRUE(eventually([&] { return before.accepted() == 1; }));
+
+  old.files()->write(proxy_toml({{"other", "10.96.0.2", 80, {backend(after)}}}, with_routes));
+  const auto next = successor_of(old);
+  old.wait_for_log("replaced; 1 connections to drain");
+  EXPECT_EQ(ask("10.96.0.2", 80), answered_by("after"));
+  EXPECT_TRUE(eventually([] { return ask("10.96.0.1", 80) == refused_with(ECONNREFUSED); })) << "not served, but local";
+
+  const std::string request = "GET / HTTP/1.0\r\n\r\n";
+  ASSERT_EQ(::send(client.get(), request.data(), request.size(), 0), static_cast<ssize_t>(request.size()));
+  EXPECT_TRUE(read_answer(client.get()).text.ends_with("before"));
+  EXPECT_EQ(old.wait().exit_code, fine);
+  EXPECT_TRUE(eventually([] { return ask("10.96.0.1", 80) == refused_with(ENETUNREACH); })) << "no VIP any more";
+  EXPECT_EQ(ask("10.96.0.2", 80), answered_by("after"));
+  EXPECT_EQ(next->terminate().exit_code, fine);
+  EXPECT_EQ(ask("10.96.0.2", 80), refused_with(ENETUNREACH)) << "the end of a proxy leaves no route";
+}
+
+TEST_F(Upgrade, OldOneHasItsVipsBackWhenTheNewOneHasDied) {
+  const NamedServer one("one");
+  const Userspace with_routes{.local_vips = true};
+  FallbackProxy old(proxy_toml({{"web", "10.96.0.1", 80, {backend(one)}}}, with_routes));
+  {
+    ControlClient client = connect_to(*old.files());
+    EXPECT_EQ(take_over(client).vips, std::vector{boost::asio::ip::make_address("10.96.0.1")});
+  }
+  old.wait_for_log("goes on serving");
+  old.reload(proxy_toml({{"other", "10.96.0.2", 80, {backend(one)}}}, with_routes));
+  EXPECT_EQ(ask("10.96.0.2", 80), answered_by("one"));
+  EXPECT_EQ(old.terminate().exit_code, fine);
+  EXPECT_EQ(ask("10.96.0.1", 80), refused_with(ENETUNREACH));
+  EXPECT_EQ(ask("10.96.0.2", 80), refused_with(ENETUNREACH));
+}
+
 TEST_F(Upgrade, HandsOverMoreSocketsThanOneMessageTakes) {
   const NamedServer one("one");
   std::vector<support::Service> services;

@@ -3,11 +3,13 @@
 
 #include <fmt/format.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <set>
 #include <sstream>
 #include <utility>
 
@@ -46,7 +48,7 @@ FallbackProxy::FallbackProxy(std::shared_ptr<const Files> files, const std::func
 std::string FallbackProxy::reload(const std::string& text) {
   files_->write(text);
   signal(SIGHUP);
-  return wait_for_log(" serv");  // "serving 3 services", or "... is not valid: the configuration that serves ..."
+  return wait_for_log("serving");  // "serving 3 services", or "... is not valid: ... goes on serving"
 }
 
 void FallbackProxy::signal(int number) const { checked(::kill(pid(), number), "kill"); }
@@ -59,6 +61,22 @@ Finished FallbackProxy::terminate() {
 void FallbackProxy::kill() {
   signal(SIGKILL);
   wait();
+}
+
+void FallbackProxy::leave_descriptors(std::optional<std::size_t> more) const {
+  rlimit limit{};
+  checked(::prlimit(pid(), RLIMIT_NOFILE, nullptr, &limit), "prlimit");
+  limit.rlim_cur = limit.rlim_max;
+  if (more) {
+    // The limit is one of numbers, and among the numbers in use are gaps.
+    std::set<rlim_t> used;
+    for (const auto& file : std::filesystem::directory_iterator(fmt::format("/proc/{}/fd", pid())))
+      used.insert(std::stoul(file.path().filename()));
+    limit.rlim_cur = 0;
+    for (std::size_t free = 0; free < *more || used.contains(limit.rlim_cur); ++limit.rlim_cur)
+      free += !used.contains(limit.rlim_cur);
+  }
+  checked(::prlimit(pid(), RLIMIT_NOFILE, &limit, nullptr), "prlimit");
 }
 
 std::size_t FallbackProxy::open_files() const {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -56,6 +57,9 @@ class FallbackProxy {
   Finished wait() { return process_.wait(); }
   /// SIGKILL, and blocks until it is gone.
   void kill();
+
+  /// From now on it can open so many more files; nothing: as many as at first. It does not notice.
+  void leave_descriptors(std::optional<std::size_t> more) const;
 
   // What the kernel knows of the process.
 

@@ -78,6 +78,7 @@ class Child {
   Child& operator=(const Child&) = delete;
 
   const Channel& channel() const { return channel_; }
+  pid_t pid() const { return pid_; }
   void kill();
 
   /// Block until it ends: empty when the function returned, else what it threw or the signal that ended it.

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// Out of descriptors, out of ports, and very many connections: clients wait, nothing spins, and all is well afterwards.
+#include <sys/epoll.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+
+#include <cerrno>
+#include <fstream>
+#include <map>
+
+#include "tests/proxy/proxied.h"
+
+namespace {
+
+using namespace support;
+using namespace std::chrono_literals;
+
+constexpr std::size_t mebi = 1024 * 1024;
+
+// A sanitizer's memory is not the program's.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool is_sanitized = true;
+#else
+constexpr bool is_sanitized = false;
+#endif
+
+/// A process that sends back what it receives, on as many connections as there are.
+class EchoServer {
+ public:
+  EchoServer() : child_(serve) { child_.channel().hear(); }
+
+  static Backend backend() { return {"127.0.0.1", port}; }
+
+ private:
+  static constexpr std::uint16_t port = 7001;
+
+  static void serve(const Channel& channel) {
+    raise_descriptor_limit();
+    const TcpListener listener("127.0.0.1", port, 65535);
+    const Fd epoll(checked(::epoll_create1(EPOLL_CLOEXEC), "epoll"));
+    const auto watch = [&](int fd) {
+      epoll_event event{EPOLLIN, {.fd = fd}};
+      checked(::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, fd, &event), "epoll_ctl");
+    };
+    watch(listener.get());
+    std::map<int, Fd> connections;
+    std::vector<char> buffer(256 * 1024);
+    channel.tell('r');
+    for (;;) {
+      epoll_event event{};
+      if (::epoll_wait(epoll.get(), &event, 1, -1) != 1) continue;
+      if (event.data.fd == listener.get()) {
+        Fd connection = listener.accept();
+        const int fd = connection.get();
+        connections[fd] = std::move(connection);
+        watch(fd);
+        continue;
+      }
+      const ssize_t size = ::recv(event.data.fd, buffer.data(), buffer.size(), 0);
+      if (size <= 0)
+        connections.erase(event.data.fd);
+      else
+        send_all(connections[event.data.fd], {buffer.data(), static_cast<std::size_t>(size)});
+    }
+  }
+
+  Child child_;
+};
+
+void expect_echo(const Fd& client, const std::string& text) {
+  send_all(client, text);
+  EXPECT_EQ(receive(client, text.size()), text);
+}
+
+/// The share of one processor that the proxy takes while this long nothing happens.
+double load(const FallbackProxy& proxy, std::chrono::milliseconds time) {
+  const auto before = proxy.cpu_time();
+  const auto end = std::chrono::steady_clock::now() + time;
+  eventually([&] { return std::chrono::steady_clock::now() > end; });
+  return std::chrono::duration<double>(proxy.cpu_time() - before) / std::chrono::duration<double>(time);
+}
+
+class Limits : public Proxied {};
+
+TEST_F(Limits, NineThousandIdleConnectionsDoNotHinderABusyOne) {
+  raise_descriptor_limit();
+  EchoServer server;
+  FallbackProxy proxy(proxy_toml({web({EchoServer::backend()})}));
+  expect_echo(dial(vip, vip_port), "x");
+  const std::size_t before = proxy.resident_bytes();
+  constexpr std::size_t count = 9000;
+  std::vector<Fd> idle;
+  for (std::size_t i = 0; i < count; ++i) {
+    idle.push_back(dial(vip, vip_port));
+    expect_echo(idle.back(), "x");
+  }
+  const std::size_t taken = proxy.resident_bytes() - before;
+  if (!is_sanitized) {
+    EXPECT_LT(taken / count, 3 * 1024U);
+  }
+
+  const Fd busy = dial(vip, vip_port);
+  for (int i = 0; i < 1000; ++i) expect_echo(busy, std::string(1024, 'b'));
+  auto sending = meanwhile([&] { send_stream(busy, 1, 64 * mebi, Chunks::mixed); });
+  receive_stream(busy, 1, 64 * mebi);
+  sending.get();
+  EXPECT_LT(load(proxy, 500ms), 0.1);
+  for (const Fd& client : idle) expect_echo(client, "y");
+}
+
+TEST_F(Limits, AThousandClientsAreServedInTurnWith256Descriptors) {
+  raise_descriptor_limit();
+  EchoServer server;
+  FallbackProxy proxy(proxy_toml({web({EchoServer::backend()})}), [] {
+    const rlimit few{256, 256};
+    checked(::setrlimit(RLIMIT_NOFILE, &few), "RLIMIT_NOFILE");
+  });
+  const std::size_t files = proxy.open_files();
+  std::vector<Fd> waiting;
+  for (int i = 0; i < 1000; ++i) {
+    waiting.push_back(dial(vip, vip_port));
+    send_all(waiting.back(), "x");
+  }
+  // Some have their turn and keep it: the others wait, in the kernel and without a spin.
+  ASSERT_TRUE(eventually([&] { return is_readable(waiting.front().get()); }));
+  EXPECT_LT(load(proxy, 1s), 0.25);
+  EXPECT_LE(proxy.open_files(), 256U);
+  std::size_t rounds = 0;
+  for (; !waiting.empty(); ++rounds) {
+    ASSERT_TRUE(eventually([&] {
+      const std::size_t had = waiting.size();
+      std::erase_if(waiting, [](const Fd& client) {
+        if (!is_readable(client.get())) return false;
+        EXPECT_EQ(receive(client, 1), "x");
+        return true;
+      });
+      return waiting.size() < had;
+    })) << waiting.size()
+        << " are not served";
+  }
+  EXPECT_GE(rounds, 4U);
+  for (int i = 0; i < 200; ++i) expect_echo(dial(vip, vip_port), "after");
+  EXPECT_TRUE(eventually([&] { return proxy.open_files() <= files; }));
+}
+
+TEST_F(Limits, ClientsWaitWhileTheProcessHasNoDescriptors) {
+  const NamedServer one("one");
+  FallbackProxy proxy(proxy_toml({web({backend(one)})}));
+  const std::size_t files = proxy.open_files();
+  EXPECT_EQ(ask(vip, vip_port), answered_by("one"));
+  ASSERT_TRUE(eventually([&] { return proxy.open_files() == files; }));
+  proxy.leave_descriptors(0);
+  std::vector<Fd> waiting;
+  for (int i = 0; i < 20; ++i) waiting.push_back(dial(vip, vip_port));
+  EXPECT_LT(load(proxy, 1s), 0.25);
+  for (const Fd& client : waiting) EXPECT_FALSE(is_readable(client.get()));
+  proxy.leave_descriptors({});
+  for (const Fd& client : waiting) EXPECT_EQ(receive_all(client), "one");
+}
+
+TEST_F(Limits, TheReserveIsForTheBackendOfAConnectionThatWasAccepted) {
+  const NamedServer one("one");
+  FallbackProxy proxy(proxy_toml({web({backend(one)})}));
+  const std::size_t files = proxy.open_files();
+  EXPECT_EQ(ask(vip, vip_port), answered_by("one"));
+  ASSERT_TRUE(eventually([&] { return proxy.open_files() == files; }));
+  proxy.leave_descriptors(1);
+  // One descriptor for the client and none for the backend, were it not for the reserve.
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(ask(vip, vip_port), answered_by("one")) << i;
+  proxy.leave_descriptors({});
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(ask(vip, vip_port), answered_by("one")) << i;
+}
+
+TEST_F(Limits, AnAcceptThatFailsIsNotTriedWithoutPause) {
+  const NamedServer one("one");
+  for (const int error : {EMFILE, ENFILE, ENOBUFS, ENOMEM}) {
+    FallbackProxy proxy(proxy_toml({web({backend(one)})}), [error] { forbid({{SYS_accept4, {}, error}}); });
+    const Fd client = dial(vip, vip_port);
+    EXPECT_LT(load(proxy, 500ms), 0.25) << error;
+    EXPECT_FALSE(is_readable(client.get()));
+    EXPECT_EQ(proxy.terminate().exit_code, 0) << error;
+  }
+}
+
+TEST_F(Limits, AConnectThatFailsResetsItsClientAndNoMore) {
+  const NamedServer one("one");
+  for (const int error : {ENOBUFS, EADDRNOTAVAIL, ENETUNREACH, EPERM}) {
+    FallbackProxy proxy(proxy_toml({web({backend(one)})}), [error] { forbid({{SYS_connect, {}, error}}); });
+    for (int i = 0; i < 20; ++i) EXPECT_EQ(end_of(dial(vip, vip_port)), ECONNRESET) << error;
+    EXPECT_LT(load(proxy, 300ms), 0.25) << error;
+    EXPECT_EQ(proxy.terminate().exit_code, 0) << error;
+  }
+}
+
+TEST_F(Limits, ABackendWithoutFreeLocalPortsCountsAsFailed) {
+  constexpr const char* ports = "/proc/sys/net/ipv4/ip_local_port_range";
+  const TcpListener full("127.0.0.1", 7001);
+  const TcpListener other("127.0.0.2", 7001);
+  FallbackProxy proxy(proxy_toml({web({full.backend()})}));
+  std::ofstream(ports) << "60000 60009";
+  std::vector<Connected> held;
+  std::uint16_t client_port = 20000;
+  const auto dial_vip = [&] { return dial(vip, vip_port, "127.0.0.1", client_port++); };
+  for (int i = 0; i < 10; ++i) {
+    Fd client = dial_vip();
+    held.push_back({std::move(client), full.accept()});
+  }
+  EXPECT_EQ(end_of(dial_vip()), ECONNRESET);
+  EXPECT_LT(load(proxy, 300ms), 0.25);
+  // Towards another backend there are as many again.
+  proxy.reload(proxy_toml({web({full.backend(9), other.backend()})}));
+  for (int i = 0; i < 10; ++i) {
+    Fd client = dial_vip();
+    held.push_back({std::move(client), other.accept()});
+  }
+  EXPECT_EQ(end_of(dial_vip()), ECONNRESET);
+  // Ports that become free are used.
+  held.clear();
+  EXPECT_TRUE(eventually([&] {
+    const Fd client = dial_vip();
+    return is_readable(full.get(), 1) || is_readable(other.get(), 1);
+  }));
+}
+
+}  // namespace

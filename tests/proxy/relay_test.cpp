@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// What two ends of a proxied connection see of each other: all bytes, and how each of them ended.
+#include <poll.h>
+#include <sys/syscall.h>
+
+#include <cerrno>
+
+#include "tests/proxy/proxied.h"
+
+namespace {
+
+using namespace support;
+
+constexpr std::size_t mebi = 1024 * 1024;
+
+class Relay : public Proxied {};
+
+TEST_F(Relay, PassesTheWholeReplyAfterTheClientsHalfClose) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  const auto [client, server] = connect_through(backend);
+  send_all(client, "question");
+  send_end(client);
+  EXPECT_EQ(receive_all(server), "question");
+
+  auto replying = meanwhile([&server = server] {
+    send_stream(server, 1, 8 * mebi);
+    send_end(server);
+  });
+  receive_stream(client, 1, 8 * mebi);
+  EXPECT_EQ(end_of(client), 0);
+  replying.get();
+}
+
+TEST_F(Relay, PassesTheWholeRequestAfterTheBackendsHalfClose) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  const auto [client, server] = connect_through(backend);
+  send_all(server, "welcome");
+  send_end(server);
+  EXPECT_EQ(receive_all(client), "welcome");
+
+  auto asking = meanwhile([&client = client] {
+    send_stream(client, 2, 8 * mebi);
+    send_end(client);
+  });
+  receive_stream(server, 2, 8 * mebi);
+  EXPECT_EQ(end_of(server), 0);
+  asking.get();
+}
+
+TEST_F(Relay, LetsTheBackendSpeakFirst) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  const auto [client, server] = connect_through(backend);
+  send_all(server, "220 ready");
+  EXPECT_EQ(receive(client, 9), "220 ready");
+  send_all(client, "EHLO");
+  EXPECT_EQ(receive(server, 4), "EHLO");
+}
+
+TEST_F(Relay, TellsTheBackendThatTheClientHasReset) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  auto [client, server] = connect_through(backend);
+  reset(std::move(client));
+  EXPECT_EQ(end_of(server), ECONNRESET);
+}
+
+TEST_F(Relay, TellsTheClientThatTheBackendHasReset) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  auto [client, server] = connect_through(backend);
+  reset(std::move(server));
+  EXPECT_EQ(end_of(client), ECONNRESET);
+}
+
+TEST_F(Relay, TellsAWritingClientThatTheBackendHasReset) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  auto [client, server] = connect_through(backend);
+  auto writing = meanwhile([&client = client] { send_stream(client, 1, 1024 * mebi); });
+  receive_stream(server, 1, mebi);
+  reset(std::move(server));
+  EXPECT_THROW(writing.get(), std::system_error);
+}
+
+TEST_F(Relay, PassesOnAllThatCameBeforeABackendsReset) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  auto [client, server] = connect_through(backend);
+  auto receiving = meanwhile([&client = client] { receive_stream(client, 1, 8 * mebi); });
+  send_stream(server, 1, 8 * mebi);
+  // A reset throws away what is still on its way to the proxy.
+  ASSERT_TRUE(eventually([&server = server] { return is_delivered(server); }));
+  reset(std::move(server));
+  receiving.get();
+  EXPECT_EQ(end_of(client), ECONNRESET);
+}
+
+TEST_F(Relay, PassesOnAllThatCameBeforeAResetToAClientThatReadsLate) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  auto [client, server] = connect_through(backend);
+  send_stream(server, 1, 64 * 1024);
+  ASSERT_TRUE(eventually([&server = server] { return is_delivered(server); }));
+  reset(std::move(server));
+  // The client's kernel knows of the reset before the client reads.
+  pollfd hung_up{client.get(), 0, 0};
+  ASSERT_EQ(::poll(&hung_up, 1, 10'000), 1);
+  receive_stream(client, 1, 64 * 1024);
+  EXPECT_EQ(end_of(client), ECONNRESET);
+}
+
+TEST_F(Relay, DoesNotResetAConnectionThatHasEndedInOrder) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  for (int i = 0; i < 100; ++i) {
+    auto [client, server] = connect_through(backend);
+    send_all(server, "all");
+    server.reset();  // as servers do: everything said, so close
+    EXPECT_EQ(receive_all(client), "all");
+  }
+}
+
+TEST_F(Relay, HoldsLittleForAClientThatDoesNotRead) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  constexpr std::size_t count = 8;
+  constexpr std::uint64_t size = 32 * mebi;
+  std::vector<Connected> connections;
+  for (std::size_t i = 0; i < count; ++i) connections.push_back(connect_through(backend));
+  const std::size_t before = proxy.resident_bytes();
+  std::vector<std::future<void>> sending;
+  for (const auto& connection : connections)
+    sending.push_back(meanwhile([&server = connection.backend] { send_stream(server, 3, size); }));
+
+  // Nothing moves any more: every backend waits for room.
+  EXPECT_TRUE(eventually([&] {
+    std::vector<pollfd> servers;
+    for (const auto& connection : connections) servers.push_back({connection.backend.get(), POLLOUT, 0});
+    return ::poll(servers.data(), servers.size(), 300) == 0;
+  }));
+  // Of 256 MiB that are to come.
+  EXPECT_LT(proxy.resident_bytes(), before + 16 * mebi);
+
+  for (const auto& connection : connections) receive_stream(connection.client, 3, size);
+  for (auto& sender : sending) sender.get();
+}
+
+/// So many bytes each way at once, in pieces of all sizes.
+void exchange(const Connected& connection, std::uint64_t size) {
+  auto up = meanwhile([&] { send_stream(connection.client, 1, size, Chunks::mixed); });
+  auto down = meanwhile([&] { send_stream(connection.backend, 2, size, Chunks::mixed); });
+  auto received = meanwhile([&] { receive_stream(connection.backend, 1, size); });
+  receive_stream(connection.client, 2, size);
+  received.get();
+  up.get();
+  down.get();
+}
+
+TEST_F(Relay, CopiesWhereSocketsCannotBeSpliced) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}), [] { forbid({{SYS_splice, {}, EINVAL}}); });
+  exchange(connect_through(backend), 32 * mebi);
+}
+
+TEST_F(Relay, CopiesWhenThereAreNoPipes) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  const Connected connection = connect_through(backend);
+  proxy.leave_descriptors(0);
+  exchange(connection, 16 * mebi);
+}
+
+TEST_F(Relay, GivesItsPipesBack) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  const std::size_t before = proxy.open_files();
+  std::size_t most = 0;
+  for (int i = 0; i < 40; ++i) {
+    auto [client, server] = connect_through(backend);
+    auto sending = meanwhile([&server = server] { send_stream(server, 1, 4 * mebi); });
+    receive_stream(client, 1, 4 * mebi);
+    most = std::max(most, proxy.open_files());
+    sending.get();
+    // Some end in the middle of a transfer, with bytes in the pipe.
+    if (i % 2 == 0) {
+      auto cut =
+          meanwhile([&server = server] { EXPECT_THROW(send_stream(server, 1, 1024 * mebi), std::system_error); });
+      receive_stream(client, 1, mebi);
+      reset(std::move(client));
+      cut.get();
+    }
+  }
+  EXPECT_GT(most, before + 2) << "nothing was spliced";
+  // What is kept for the next ones: a few pipes of each thread.
+  EXPECT_TRUE(eventually([&] { return proxy.open_files() <= before + 2 * 2 * 16; }));
+}
+
+}  // namespace
