@@ -38,8 +38,8 @@ class UdpListener : public std::enable_shared_from_this<UdpListener> {
   void change(std::shared_ptr<const Service> service);
   /// For flows that begin from now on.
   void change(AllowedPointer allowed) { allowed_ = std::move(allowed); }
-  /// Begins no flow any more; closes the socket when the last has ended. `is_handed_over`: another process reads from the
-  /// same socket, so this one only writes what backends still answer.
+  /// Begins no flow any more; closes the socket when the last has ended. `is_handed_over`: another process reads from
+  /// the same socket, so this one only writes what backends still answer.
   void drain(bool is_handed_over);
   /// Ends the flows and closes the socket.
   void stop();
