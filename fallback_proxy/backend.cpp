@@ -78,8 +78,10 @@ void Backend::connected() {
   }
 }
 
-void Backend::failed(Clock::time_point now) {
+void Backend::failed(Clock::time_point now, Clock::time_point began) {
   failures.fetch_add(1, std::memory_order_relaxed);
+  if (ticks(began) < last_failure_.load(std::memory_order_relaxed)) return;
+  last_failure_.store(ticks(now), std::memory_order_relaxed);
   const std::uint32_t in_a_row = failures_in_a_row_.fetch_add(1, std::memory_order_relaxed) + 1;
   retry_at_.store(ticks(now + pause_after(in_a_row)), std::memory_order_relaxed);
 }

@@ -45,7 +45,9 @@ class Backend {
   bool is_marked(Clock::time_point now) const { return retry_at_.load(std::memory_order_relaxed) > ticks(now); }
 
   void connected();
-  void failed(Clock::time_point now);
+  /// `began`: when the attempt did, or the flow that is refused. Those that began before a failure which is known
+  /// already say nothing new: all at once, they would mark it for as long as many failures in a row do.
+  void failed(Clock::time_point now, Clock::time_point began = Clock::time_point::max());
 
   const SocketAddress address;
   std::atomic<std::uint32_t> live = 0;      // connections and UDP flows
@@ -57,6 +59,7 @@ class Backend {
 
   std::atomic<std::uint32_t> failures_in_a_row_ = 0;
   std::atomic<std::int64_t> retry_at_ = 0;  // 0: not marked
+  std::atomic<std::int64_t> last_failure_ = 0;
 };
 
 }  // namespace userspace

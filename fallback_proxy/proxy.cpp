@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <fstream>
 #include <set>
 #include <thread>
 #include <utility>
@@ -20,7 +21,6 @@ using namespace std::chrono_literals;
 // Descriptors besides those of connections, pipes and listeners: event loops, timers, the log, the configuration, the
 // control socket, and what a library may want.
 constexpr std::int64_t other_descriptors = 64;
-constexpr std::int64_t descriptors_per_connection = 2;
 constexpr std::int64_t descriptors_per_pipe = 2;
 
 /// The soft limit is raised to the hard one.
@@ -47,11 +47,28 @@ std::size_t pipes_per_thread(std::size_t threads) {
   return std::min(share, most);
 }
 
-std::int64_t connection_limit(std::size_t threads) {
+/// For connections and UDP flows.
+std::int64_t descriptors_to_use(std::size_t threads) {
   const auto pipes = static_cast<std::int64_t>(pipes_per_thread(threads) * threads);
-  const std::int64_t left = descriptor_limit() - other_descriptors - pipes * descriptors_per_pipe;
-  return std::max<std::int64_t>(left / descriptors_per_connection, 1);
+  return std::max<std::int64_t>(descriptor_limit() - other_descriptors - pipes * descriptors_per_pipe, 2);
 }
+
+/// The ports that the kernel gives to sockets that ask for none (ip_local_port_range), IPv6 as well.
+std::int64_t local_ports() {
+  std::int64_t first = 32768;
+  std::int64_t last = 60999;
+  std::ifstream("/proc/sys/net/ipv4/ip_local_port_range") >> first >> last;
+  return last - first + 1;
+}
+
+/// Flows come cheap and stay a while: connections have half of the descriptors for themselves, and this host's other
+/// programs half of the ports, of which each unconnected UDP socket needs one that no other has.
+std::int64_t flow_limit(const config::Config& config, std::int64_t descriptors) {
+  const std::int64_t limit = std::min(std::int64_t{config.limits.flows}, std::min(descriptors, local_ports()) / 2);
+  return std::max<std::int64_t>(limit, 1);
+}
+
+bool is_udp(const Service& service) { return service.settings().protocol == config::Protocol::udp; }
 
 constexpr const char* other_engine = "wants the engine bpf, and this is the userspace engine";
 
@@ -77,7 +94,7 @@ class Proxy::Posts {
 
 Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
     : control_(control),
-      admission_(connection_limit(thread_count(first))),
+      admission_(descriptors_to_use(thread_count(first)), flow_limit(first, descriptors_to_use(thread_count(first)))),
       allowed_(std::make_shared<Allowed>(std::span<const std::string>(), own_addresses())),
       addresses_(control, [this] { allow(); }),
       vips_timer_(control),
@@ -86,13 +103,14 @@ Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
   const std::size_t threads = thread_count(first);
   const WorkerSettings settings{.connect_timeout = first.userspace.connect_timeout,
                                 .idle_timeout = first.userspace.idle_timeout,
+                                .udp_timeout = first.userspace.udp_timeout,
                                 .pipes = pipes_per_thread(threads),
                                 .flows = first.limits.flows};
   for (std::size_t i = 0; i < threads; ++i) workers_.push_back(std::make_unique<Worker>(settings, admission_));
 }
 
 Proxy::~Proxy() {
-  // Listeners are shared with them.
+  // Listeners are shared with them, and they know each other.
   for (const auto& worker : workers_) worker->stop();
   served_.clear();
   workers_.clear();
@@ -174,10 +192,13 @@ void Proxy::update(Served& served, std::shared_ptr<const Service> next, Posts& p
     // Without a listener the kernel refuses.
     close_listener(served, false, posts);
     served.problem.clear();
-  } else if (!served.listener) {
-    open_listener(served, posts);
-  } else {
+  } else if (served.udp_listener) {
+    posts.add(*served.worker,
+              [listener = served.udp_listener, service = served.service] { listener->change(service); });
+  } else if (served.listener) {
     posts.add(*served.worker, [listener = served.listener, service = served.service] { listener->change(service); });
+  } else {
+    open_listener(served, posts);
   }
   if (before) reset_leaving(*before, served.service.get(), posts);
 }
@@ -185,7 +206,8 @@ void Proxy::update(Served& served, std::shared_ptr<const Service> next, Posts& p
 config::Result<config::Fd> Proxy::socket_for(const Service& service) {
   const config::Service& settings = service.settings();
   const auto inherited = inherited_.find({settings.vip, settings.port, settings.protocol});
-  if (inherited == inherited_.end()) return open_listening_socket(settings);
+  if (inherited == inherited_.end())
+    return is_udp(service) ? open_udp_socket(settings) : open_listening_socket(settings);
   config::Fd socket = std::move(inherited->second);
   inherited_.erase(inherited);
   return socket;
@@ -199,15 +221,27 @@ void Proxy::open_listener(Served& served, Posts& posts) {
   }
   served.problem.clear();
   served.worker = &next_worker();
+  if (is_udp(*served.service)) {
+    served.udp_listener =
+        std::make_shared<UdpListener>(*served.worker, workers_, std::move(*socket), served.service, allowed_);
+    posts.add(*served.worker, [listener = served.udp_listener] { listener->start(); });
+    return;
+  }
   served.listener =
       std::make_shared<Listener>(*served.worker, workers_, admission_, std::move(*socket), served.service, allowed_);
   posts.add(*served.worker, [listener = served.listener] { listener->start(); });
 }
 
 void Proxy::close_listener(Served& served, bool accept_queued, Posts& posts) {
-  if (!served.listener) return;
-  posts.add(*served.worker, [listener = std::move(served.listener), accept_queued] { listener->stop(accept_queued); });
-  served.listener.reset();
+  if (served.listener) {
+    posts.add(*served.worker,
+              [listener = std::move(served.listener), accept_queued] { listener->stop(accept_queued); });
+    served.listener.reset();
+  }
+  if (served.udp_listener) {
+    posts.add(*served.worker, [listener = std::move(served.udp_listener)] { listener->stop(); });
+    served.udp_listener.reset();
+  }
 }
 
 /// on_remove = "reset": the connections of backends that `after` does not have end at once.
@@ -269,8 +303,10 @@ void Proxy::allow() {
   allowed_ = std::make_shared<Allowed>(config_.userspace.allow_from, own_addresses());
   Posts posts;
   for (const auto& [key, served] : served_) {
-    if (!served.listener) continue;
-    posts.add(*served.worker, [listener = served.listener, allowed = allowed_] { listener->change(allowed); });
+    if (served.listener)
+      posts.add(*served.worker, [listener = served.listener, allowed = allowed_] { listener->change(allowed); });
+    if (served.udp_listener)
+      posts.add(*served.worker, [listener = served.udp_listener, allowed = allowed_] { listener->change(allowed); });
   }
 }
 
@@ -315,6 +351,7 @@ std::vector<std::pair<SocketName, int>> Proxy::sockets() const {
   std::vector<std::pair<SocketName, int>> sockets;
   for (const auto& [key, served] : served_) {
     if (served.listener) sockets.emplace_back(key, served.listener->socket());
+    if (served.udp_listener) sockets.emplace_back(key, served.udp_listener->socket());
   }
   return sockets;
 }
@@ -344,7 +381,7 @@ ServiceStatus Proxy::status_of(const config::Service& settings) const {
   }
   const Served& served = found->second;
   const auto vip_problem = vip_problems_.find(settings.vip);
-  status.is_serving = served.listener != nullptr;
+  status.is_serving = served.listener != nullptr || served.udp_listener != nullptr;
   if (is_draining_)
     status.reason = "the proxy is ending";
   else if (!served.problem.empty())
@@ -377,7 +414,14 @@ void Proxy::drain(std::function<void()> done) {
   is_draining_ = true;
   {
     Posts posts;
-    for (auto& [key, served] : served_) close_listener(served, true, posts);
+    for (auto& [key, served] : served_) {
+      if (served.udp_listener)
+        posts.add(*served.worker, [listener = std::move(served.udp_listener), handed_over = is_handing_over_] {
+          listener->drain(handed_over);
+        });
+      else
+        close_listener(served, true, posts);
+    }
     // Behind the listeners: when a worker has done this, it has accepted all that was queued.
     workers_accepting_ = workers_.size();
     for (const auto& worker : workers_) posts.add(*worker, [this] { --workers_accepting_; });
@@ -390,7 +434,10 @@ void Proxy::wait_for_end(Clock::time_point until, std::function<void()> done) {
   if (workers_accepting_ == 0 && connections() == 0 && predecessor_vips_.empty()) return done();
   if (Clock::now() >= until) {
     for (const auto& worker : workers_)
-      worker->post([&worker = *worker] { worker.reset_relays([](const Relay&) { return true; }); });
+      worker->post([&worker = *worker] {
+        worker.reset_relays([](const Relay&) { return true; });
+        worker.end_flows();
+      });
   }
   drain_timer_.expires_after(20ms);
   drain_timer_.async_wait([this, until, done = std::move(done)](const boost::system::error_code& error) mutable {

@@ -25,6 +25,7 @@
 #include "fallback_proxy/local_vips.h"
 #include "fallback_proxy/service.h"
 #include "fallback_proxy/status.h"
+#include "fallback_proxy/udp_listener.h"
 #include "fallback_proxy/worker.h"
 
 namespace userspace {
@@ -74,8 +75,9 @@ class Proxy {
     std::shared_ptr<const Service> service;
     std::vector<std::weak_ptr<const Service>> earlier;  // that connections may still have
     Worker* worker = nullptr;                           // of the listener
-    std::shared_ptr<Listener> listener;
-    std::string problem;  // why it is not served
+    std::shared_ptr<Listener> listener;                 // of TCP
+    std::shared_ptr<UdpListener> udp_listener;          // of UDP
+    std::string problem;                                // why it is not served
   };
 
   /// A VIP that no service has any more: local until the last connection to it has ended.
