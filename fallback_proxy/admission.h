@@ -12,7 +12,11 @@ namespace userspace {
 class Admission {
  public:
   /// `descriptors` are for all; at most `flows` of them for UDP flows.
-  Admission(std::int64_t descriptors, std::int64_t flows) : descriptors_(descriptors), flows_(flows) {}
+  Admission(std::int64_t descriptors, std::int64_t flows)
+      : limit_(descriptors / per_connection), descriptors_(descriptors), flows_(flows) {}
+
+  /// Connections, while there are no flows.
+  std::int64_t limit() const { return limit_; }
 
   /// A place for a connection.
   bool take() { return take(descriptors_, per_connection); }
@@ -30,9 +34,6 @@ class Admission {
     give_back(flows_, 1);
   }
 
-  /// After a reload, which may have changed the number of listeners.
-  void change(std::int64_t descriptors) { give_back(descriptors_, descriptors); }
-
  private:
   static constexpr std::int64_t per_connection = 2;
 
@@ -45,6 +46,7 @@ class Admission {
     free.fetch_add(count, std::memory_order_relaxed);
   }
 
+  const std::int64_t limit_;
   std::atomic<std::int64_t> descriptors_;
   std::atomic<std::int64_t> flows_;
 };

@@ -10,6 +10,7 @@
 #include <memory>
 #include <random>
 #include <span>
+#include <tuple>
 #include <vector>
 
 #include "balance/alias_table.h"
@@ -18,6 +19,9 @@
 #include "fallback_proxy/backend.h"
 
 namespace userspace {
+
+/// What a service's socket is bound to.
+using SocketName = std::tuple<config::Address, std::uint16_t, config::Protocol>;
 
 using BackendPointer = std::shared_ptr<Backend>;
 using Random = std::mt19937;

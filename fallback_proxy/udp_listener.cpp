@@ -84,6 +84,7 @@ void UdpListener::wait() {
 // --- from the clients -----------------------------------------------------------------------------------------------
 
 void UdpListener::receive() {
+  if (is_handed_over_) return;
   const auto now = Clock::now();
   Datagrams& datagrams = worker_.datagrams();
   for (int round = 0; round < rounds && socket_.is_open(); ++round) {
@@ -215,8 +216,9 @@ void UdpListener::forget(const UdpClient& client) {
   if (is_draining_ && flows_.empty()) close();
 }
 
-void UdpListener::drain() {
+void UdpListener::drain(bool is_handed_over) {
   is_draining_ = true;
+  is_handed_over_ = is_handed_over;
   worker_.drain_flows();
   if (flows_.empty()) close();
 }

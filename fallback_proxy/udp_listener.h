@@ -33,12 +33,14 @@ class UdpListener : public std::enable_shared_from_this<UdpListener> {
               AllowedPointer allowed);
 
   void start() { wait(); }
+  int socket() { return socket_.native_handle(); }
   /// Ends the flows of backends that are not active any more, unless they are to be kept (on_remove).
   void change(std::shared_ptr<const Service> service);
   /// For flows that begin from now on.
   void change(AllowedPointer allowed) { allowed_ = std::move(allowed); }
-  /// Begins no flow any more; closes the socket when the last has ended.
-  void drain();
+  /// Begins no flow any more; closes the socket when the last has ended. `is_handed_over`: another process reads from the
+  /// same socket, so this one only writes what backends still answer.
+  void drain(bool is_handed_over);
   /// Ends the flows and closes the socket.
   void stop();
 
@@ -75,6 +77,7 @@ class UdpListener : public std::enable_shared_from_this<UdpListener> {
   AllowedPointer allowed_;
   boost::unordered_flat_map<UdpClient, std::shared_ptr<Flow>, Hash> flows_;
   bool is_draining_ = false;
+  bool is_handed_over_ = false;
 };
 
 }  // namespace userspace

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <functional>
 #include <future>
@@ -55,6 +56,15 @@ class Proxied : public testing::Test {
 /// At the same time as what follows; what it throws, get() of the result throws.
 [[nodiscard]] inline std::future<void> meanwhile(std::function<void()> function) {
   return std::async(std::launch::async, std::move(function));
+}
+
+/// The share of one processor that the proxy takes during this time. Less than this is no spin.
+inline constexpr double no_spin = 0.25;
+inline double load(const FallbackProxy& proxy, std::chrono::milliseconds time) {
+  const auto before = proxy.cpu_time();
+  const auto end = std::chrono::steady_clock::now() + time;
+  eventually([&] { return std::chrono::steady_clock::now() > end; });
+  return std::chrono::duration<double>(proxy.cpu_time() - before) / std::chrono::duration<double>(time);
 }
 
 }  // namespace support

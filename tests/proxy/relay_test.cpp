@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
 // What two ends of a proxied connection see of each other: all bytes, and how each of them ended.
+#include <fmt/format.h>
 #include <poll.h>
 #include <sys/syscall.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <sstream>
 
 #include "tests/proxy/proxied.h"
 
@@ -13,6 +16,13 @@ namespace {
 using namespace support;
 
 constexpr std::size_t mebi = 1024 * 1024;
+
+/// Nothing moves any more: whoever sends here waits for room.
+bool is_blocked(const std::vector<int>& senders) {
+  std::vector<pollfd> files;
+  for (const int fd : senders) files.push_back({fd, POLLOUT, 0});
+  return ::poll(files.data(), files.size(), 300) == 0;
+}
 
 class Relay : public Proxied {};
 
@@ -76,6 +86,31 @@ TEST_F(Relay, TellsTheClientThatTheBackendHasReset) {
   EXPECT_EQ(end_of(client), ECONNRESET);
 }
 
+TEST_F(Relay, TellsTheBackendThatAHalfClosedClientHasReset) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  auto [client, server] = connect_through(backend);
+  send_all(client, "question");
+  send_end(client);
+  EXPECT_EQ(receive_all(server), "question");
+  // Nobody reads from this client any more, and there is nothing to write to it yet.
+  reset(std::move(client));
+  pollfd hung_up{server.get(), 0, 0};
+  EXPECT_EQ(::poll(&hung_up, 1, 10'000), 1);
+}
+
+TEST_F(Relay, TellsTheClientThatAHalfClosedBackendHasReset) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  auto [client, server] = connect_through(backend);
+  send_all(server, "welcome");
+  send_end(server);
+  EXPECT_EQ(receive_all(client), "welcome");
+  reset(std::move(server));
+  pollfd hung_up{client.get(), 0, 0};
+  EXPECT_EQ(::poll(&hung_up, 1, 10'000), 1);
+}
+
 TEST_F(Relay, TellsAWritingClientThatTheBackendHasReset) {
   const TcpListener backend;
   FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
@@ -124,6 +159,44 @@ TEST_F(Relay, DoesNotResetAConnectionThatHasEndedInOrder) {
   }
 }
 
+TEST_F(Relay, DoesNotSpinWhileOneSideIsSilent) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  const Connected half_closed = connect_through(backend);
+  send_end(half_closed.client);
+  EXPECT_EQ(receive_all(half_closed.backend), "");
+  const Connected other_half_closed = connect_through(backend);
+  send_end(other_half_closed.backend);
+  EXPECT_EQ(receive_all(other_half_closed.client), "");
+  const Connected blocked = connect_through(backend);
+  auto sending = meanwhile([&] { send_stream(blocked.backend, 1, 32 * mebi); });
+  EXPECT_TRUE(eventually([&] { return is_blocked({blocked.backend.get()}); }));
+  EXPECT_LT(load(proxy, std::chrono::milliseconds(500)), no_spin);
+  receive_stream(blocked.client, 1, 32 * mebi);
+  sending.get();
+}
+
+TEST_F(Relay, AsksOnBothSidesWhetherASilentPeerIsStillThere) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  const Connected connection = connect_through(backend);
+  // proc_net_tcp: local address, remote address, state 01 (established), queues, and the timer, 02 for keepalive.
+  const auto count_kept_alive = [&] {
+    const auto place = [](std::uint32_t address, std::uint16_t port) {
+      return fmt::format("{:08X}:{:04X}", address, port);
+    };
+    std::istringstream sockets(read_text("/proc/net/tcp"));
+    int count = 0;
+    for (std::string line; std::getline(sockets, line);) {
+      const bool is_client_leg = line.find(": " + place(0x0101007f, vip_port) + " ") != std::string::npos;
+      const bool is_backend_leg = line.find(" " + place(0x0100007f, backend.port()) + " 01 ") != std::string::npos;
+      count += (is_client_leg || is_backend_leg) && line.find(" 01 00000000:00000000 02:") != std::string::npos;
+    }
+    return count;
+  };
+  EXPECT_TRUE(eventually([&] { return count_kept_alive() == 2; }));
+}
+
 TEST_F(Relay, HoldsLittleForAClientThatDoesNotRead) {
   const TcpListener backend;
   FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
@@ -136,12 +209,9 @@ TEST_F(Relay, HoldsLittleForAClientThatDoesNotRead) {
   for (const auto& connection : connections)
     sending.push_back(meanwhile([&server = connection.backend] { send_stream(server, 3, size); }));
 
-  // Nothing moves any more: every backend waits for room.
-  EXPECT_TRUE(eventually([&] {
-    std::vector<pollfd> servers;
-    for (const auto& connection : connections) servers.push_back({connection.backend.get(), POLLOUT, 0});
-    return ::poll(servers.data(), servers.size(), 300) == 0;
-  }));
+  std::vector<int> servers;
+  for (const auto& connection : connections) servers.push_back(connection.backend.get());
+  EXPECT_TRUE(eventually([&] { return is_blocked(servers); }));
   // Of 256 MiB that are to come.
   EXPECT_LT(proxy.resident_bytes(), before + 16 * mebi);
 

@@ -116,6 +116,17 @@ TEST_F(Retry, ResetsTheClientAfterTheConnectTimeout) {
   EXPECT_GE(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(300));
 }
 
+TEST_F(Retry, ForgetsAClientThatLeavesMeanwhile) {
+  const BlackHole silent;
+  Userspace settings;
+  settings.connect_timeout = "300ms";
+  FallbackProxy proxy(proxy_toml({web({silent.backend()})}, settings));
+  const std::size_t files = proxy.open_files();
+  for (int i = 0; i < 20; ++i) reset(dial(vip, vip_port));
+  EXPECT_TRUE(eventually([&] { return proxy.open_files() > files; }));
+  EXPECT_TRUE(eventually([&] { return proxy.open_files() == files; }));
+}
+
 TEST_F(Retry, TriesTheOnlyBackendAlthoughItWasDead) {
   FallbackProxy proxy(proxy_toml({web({closed(7001)})}));
   EXPECT_EQ(end_of(dial(vip, vip_port)), ECONNRESET);

@@ -24,15 +24,6 @@ namespace {
 
 std::string missing = "the test program has made no private environment";
 
-void raise_loopback() {
-  Fd fd(checked(::socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), "socket"));
-  ifreq request{};
-  std::strcpy(request.ifr_name, "lo");
-  checked(::ioctl(fd.get(), SIOCGIFFLAGS, &request), "flags of lo");
-  request.ifr_flags = static_cast<short>(request.ifr_flags | IFF_UP);
-  checked(::ioctl(fd.get(), SIOCSIFFLAGS, &request), "lo up");
-}
-
 }  // namespace
 
 void enter_private_environment() {
@@ -55,6 +46,15 @@ void enter_private_environment() {
   } catch (const std::exception& error) {
     missing = error.what();
   }
+}
+
+void raise_loopback() {
+  Fd fd(checked(::socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), "socket"));
+  ifreq request{};
+  std::strcpy(request.ifr_name, "lo");
+  checked(::ioctl(fd.get(), SIOCGIFFLAGS, &request), "flags of lo");
+  request.ifr_flags = static_cast<short>(request.ifr_flags | IFF_UP);
+  checked(::ioctl(fd.get(), SIOCSIFFLAGS, &request), "lo up");
 }
 
 const std::string& missing_privilege() { return missing; }

@@ -13,6 +13,9 @@ inline constexpr const char* bpffs = "/sys/fs/bpf";
 /// missing_privilege.
 void enter_private_environment();
 
+/// Bring up `lo` of the network namespace that this thread is in.
+void raise_loopback();
+
 /// Why tests that need the kernel cannot run here; empty when they can.
 const std::string& missing_privilege();
 

@@ -101,7 +101,7 @@ Fd dial(const std::string& address, std::uint16_t port, const std::string& from,
 
 int dial_errno(const std::string& address, std::uint16_t port) {
   try {
-    dial(address, port);
+    reset(dial(address, port));
     return 0;
   } catch (const std::system_error& error) {
     return error.code().value();

@@ -36,7 +36,7 @@ class TcpListener {
 /// A connection, from this address (and port) if one is given. Its calls end after some seconds at the latest.
 Fd dial(const std::string& address, std::uint16_t port, const std::string& from = {}, std::uint16_t from_port = 0);
 
-/// The errno of such a connect, or 0.
+/// The errno of such a connect, or 0. The connection is reset at once.
 int dial_errno(const std::string& address, std::uint16_t port);
 
 /// Connect from this address, read until the server closes.
