@@ -38,8 +38,8 @@ class UdpListener : public std::enable_shared_from_this<UdpListener> {
   void change(std::shared_ptr<const Service> service);
   /// For flows that begin from now on.
   void change(AllowedPointer allowed) { allowed_ = std::move(allowed); }
-  /// Begins no flow any more; closes the socket when the last has ended. `is_handed_over`: another process reads from the
-  /// same socket, so this one only writes what backends still answer.
+  /// Begins no flow any more; closes the socket when the last has ended. `is_handed_over`: another process reads from
+  /// the same socket, so this one only writes what backends still answer.
   void drain(bool is_handed_over);
   /// Ends the flows and closes the socket.
   void stop();
@@ -75,7 +75,7 @@ class UdpListener : public std::enable_shared_from_this<UdpListener> {
   boost::asio::posix::basic_stream_descriptor<boost::asio::io_context::executor_type> socket_;
   std::shared_ptr<const Service> service_;
   AllowedPointer allowed_;
-  boost::unordered_flat_map<UdpClient, std::shared_ptr<Flow>, Hash> flows_;
+  boost::unordered_flat_map<UdpClient, Flow*, Hash> flows_;
   bool is_draining_ = false;
   bool is_handed_over_ = false;
 };
