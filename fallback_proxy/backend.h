@@ -5,6 +5,7 @@
 // thread.
 #pragma once
 
+#include <netinet/in.h>
 #include <sys/socket.h>
 
 #include <atomic>
@@ -23,14 +24,18 @@ struct SocketAddress {
   SocketAddress() = default;
   SocketAddress(const config::Address& address, std::uint16_t port);
 
-  const sockaddr* get() const { return reinterpret_cast<const sockaddr*>(&storage); }
-  int family() const { return storage.ss_family; }
+  const sockaddr* get() const { return &storage.any; }
+  int family() const { return storage.any.sa_family; }
   config::Address address() const;
   std::uint16_t port() const;
   /// "10.0.0.1:80", "[2001:db8::1]:80".
   std::string text() const;
 
-  sockaddr_storage storage{};
+  union {
+    sockaddr any;
+    sockaddr_in v4;
+    sockaddr_in6 v6;
+  } storage{.v6 = {}};
   socklen_t length = 0;
 };
 

@@ -2,6 +2,7 @@
 //
 // fallback_proxy: the userspace engine alone. See docs/fallback_proxy.md.
 #include <fmt/format.h>
+#include <malloc.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
 
@@ -145,6 +146,8 @@ class Program {
   void apply(config::Config config) {
     for (const std::string& problem : proxy_.apply(std::move(config))) spdlog::warn("{}", problem);
     spdlog::info("serving {} services", proxy_.services());
+    // The parser's tree is several times as large as what serves, and stays in the heap otherwise.
+    ::malloc_trim(0);
   }
 
   void wait_for_signal() {

@@ -82,9 +82,7 @@ void Worker::start(Accepted accepted) {
 
 void Worker::add(Relay& relay) { relays_.push_back(relay); }
 
-void Worker::ended(bool was_young) {
-  constexpr std::uint32_t window = 16;
-  share_of_young_ = (share_of_young_ * (window - 1) + (was_young ? 256 : 0)) / window;
+void Worker::ended() {
   live_.fetch_sub(1, std::memory_order_relaxed);
   admission_.give_back();
   has_room();

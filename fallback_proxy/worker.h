@@ -65,11 +65,8 @@ class Worker {
 
   void start(Accepted accepted);
   void add(Relay& relay);
-  /// It has ended. `was_young`: within a second.
-  void ended(bool was_young);
-  /// How many connections fewer another worker must have to be given one: giving it away costs about a tenth of what a
-  /// short connection costs in all, and pays only for one that stays.
-  std::uint32_t reluctance() const { return share_of_young_ > 128 ? 64 : 0; }
+  /// It has ended.
+  void ended();
 
   enum class Wait : std::uint8_t { connecting, young, idle, half_closed, delivering };
   /// Calls relay.expire() once the time is over, unless it is told to wait for something else before.
@@ -115,7 +112,6 @@ class Worker {
   Admission& admission_;
   std::atomic<std::uint32_t> live_ = 0;
   std::atomic<std::uint32_t> flows_ = 0;
-  std::uint32_t share_of_young_ = 0;  // of those that ended lately, in 1/256
   std::vector<char> buffer_;
   std::unique_ptr<Datagrams> datagrams_;  // once there is a UDP service
   PipePool pipes_;
