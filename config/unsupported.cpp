@@ -25,7 +25,11 @@ bool is_unsupported(const Service& service, std::string_view key, Carrier carrie
   if (key == "panic") return service.panic;
   if (key == "health") return true;
   if (key == "eject") return true;
-  if (carrier == Carrier::userspace) return false;
+  if (carrier == Carrier::userspace) {
+    // "protocol" has been read before: a datagram carries no PROXY header.
+    return key == "proxy_protocol" && service.protocol == Protocol::udp &&
+           service.proxy_protocol != ProxyProtocol::none;
+  }
   if (key == "vip") return service.vip.is_v6();
   if (key == "protocol") return service.protocol == Protocol::udp;
   if (key == "policy") return service.policy != Policy::random;

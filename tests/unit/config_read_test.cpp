@@ -490,6 +490,20 @@ TEST(ReadConfig, ReadsEveryKeyOfTheSchema) {
   EXPECT_EQ(service.backends[1].state, BackendState::drain);
 }
 
+TEST(ReadConfig, RefusesAProxyHeaderForDatagrams) {
+  const auto read = [](std::string_view protocol, std::string_view header) {
+    return read_config(fmt::format("[[service]]\nname = \"a\"\nvip = \"10.0.0.1\"\nport = 80\nproxy_protocol = \"{}\"\n"
+                                   "protocol = \"{}\"\nbackends = []\n",
+                                   header, protocol),
+                       Carrier::userspace);
+  };
+  EXPECT_TRUE(read("tcp", "v2"));
+  EXPECT_TRUE(read("udp", "none"));
+  const auto refused = read("udp", "v2");
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(lines_of(refused.error()), Lines{"5:1: service \"a\": proxy_protocol: not supported by this version"});
+}
+
 TEST(ReadConfig, RefusesWhatThisVersionDoesNotSupport) {
   const std::string label = "service \"ns/web:http\": ";
   Lines expected;
