@@ -35,6 +35,7 @@ enum class BackendState : std::uint8_t { active, drain };
 inline constexpr std::uint32_t max_weight = 65535;
 inline constexpr std::size_t max_backends_per_service = 65535;
 inline constexpr std::size_t max_name_length = 159;
+inline constexpr std::size_t max_socket_path = 107;        // sockaddr_un::sun_path without the NUL
 inline constexpr std::uint32_t reserved_vip = 0xc0000008;  // 192.0.0.8 (RFC 7600): the canary's, no service may have it
 
 struct Backend {

@@ -47,7 +47,6 @@ using std::chrono::milliseconds;
 
 constexpr std::uint32_t max_limit = 4'194'304;  // for each of [limits]: 2^22 services take 768 MiB of records
 constexpr std::size_t max_path = 4095;          // PATH_MAX without the NUL
-constexpr std::size_t max_socket_path = 107;    // sockaddr_un::sun_path without the NUL
 
 Position position_of(const toml::source_region& source) { return {source.begin.line, source.begin.column}; }
 

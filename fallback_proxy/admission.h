@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
-// How many connections there may be: derived from the limit of file descriptors, so that none of them ever meets
-// EMFILE.
+// How many connections and UDP flows there may be: derived from the limit of file descriptors, so that none of them
+// ever meets EMFILE.
 #pragma once
 
 #include <atomic>
@@ -11,19 +11,44 @@ namespace userspace {
 
 class Admission {
  public:
-  explicit Admission(std::int64_t connections) : free_(connections) {}
+  /// `descriptors` are for all; at most `flows` of them for UDP flows.
+  Admission(std::int64_t descriptors, std::int64_t flows)
+      : limit_(descriptors / per_connection), descriptors_(descriptors), flows_(flows) {}
 
-  bool take() {
-    if (free_.fetch_sub(1, std::memory_order_relaxed) > 0) return true;
-    give_back();
+  /// Connections, while there are no flows.
+  std::int64_t limit() const { return limit_; }
+
+  /// A place for a connection.
+  bool take() { return take(descriptors_, per_connection); }
+  void give_back() { give_back(descriptors_, per_connection); }
+
+  /// A place for a UDP flow.
+  bool take_flow() {
+    if (!take(flows_, 1)) return false;
+    if (take(descriptors_, 1)) return true;
+    give_back(flows_, 1);
     return false;
   }
-  void give_back() { free_.fetch_add(1, std::memory_order_relaxed); }
-  /// After a reload, which may have changed the number of listeners.
-  void change(std::int64_t by) { free_.fetch_add(by, std::memory_order_relaxed); }
+  void give_back_flow() {
+    give_back(descriptors_, 1);
+    give_back(flows_, 1);
+  }
 
  private:
-  std::atomic<std::int64_t> free_;
+  static constexpr std::int64_t per_connection = 2;
+
+  static bool take(std::atomic<std::int64_t>& free, std::int64_t count) {
+    if (free.fetch_sub(count, std::memory_order_relaxed) >= count) return true;
+    give_back(free, count);
+    return false;
+  }
+  static void give_back(std::atomic<std::int64_t>& free, std::int64_t count) {
+    free.fetch_add(count, std::memory_order_relaxed);
+  }
+
+  const std::int64_t limit_;
+  std::atomic<std::int64_t> descriptors_;
+  std::atomic<std::int64_t> flows_;
 };
 
 }  // namespace userspace

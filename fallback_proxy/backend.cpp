@@ -22,41 +22,28 @@ Clock::duration pause_after(std::uint32_t failures) {
 
 SocketAddress::SocketAddress(const config::Address& address, std::uint16_t port) {
   if (address.is_v4()) {
-    sockaddr_in to{};
-    to.sin_family = AF_INET;
-    to.sin_port = htons(port);
-    to.sin_addr.s_addr = htonl(address.to_v4().to_uint());
-    length = sizeof to;
-    std::memcpy(&storage, &to, length);
+    storage.v4.sin_family = AF_INET;
+    storage.v4.sin_port = htons(port);
+    storage.v4.sin_addr.s_addr = htonl(address.to_v4().to_uint());
+    length = sizeof storage.v4;
   } else {
-    sockaddr_in6 to{};
-    to.sin6_family = AF_INET6;
-    to.sin6_port = htons(port);
+    storage.v6.sin6_family = AF_INET6;
+    storage.v6.sin6_port = htons(port);
     const auto bytes = address.to_v6().to_bytes();
-    std::memcpy(&to.sin6_addr, bytes.data(), bytes.size());
-    length = sizeof to;
-    std::memcpy(&storage, &to, length);
+    std::memcpy(&storage.v6.sin6_addr, bytes.data(), bytes.size());
+    length = sizeof storage.v6;
   }
 }
 
 config::Address SocketAddress::address() const {
-  if (family() == AF_INET) {
-    sockaddr_in of{};
-    std::memcpy(&of, &storage, sizeof of);
-    return boost::asio::ip::address_v4(ntohl(of.sin_addr.s_addr));
-  }
-  sockaddr_in6 of{};
-  std::memcpy(&of, &storage, sizeof of);
+  if (family() == AF_INET) return boost::asio::ip::address_v4(ntohl(storage.v4.sin_addr.s_addr));
   boost::asio::ip::address_v6::bytes_type bytes;
-  std::memcpy(bytes.data(), &of.sin6_addr, bytes.size());
+  std::memcpy(bytes.data(), &storage.v6.sin6_addr, bytes.size());
   return boost::asio::ip::address_v6(bytes);
 }
 
 std::uint16_t SocketAddress::port() const {
-  // sockaddr_in and sockaddr_in6 have the port at the same place.
-  sockaddr_in of{};
-  std::memcpy(&of, &storage, sizeof of);
-  return ntohs(of.sin_port);
+  return ntohs(family() == AF_INET ? storage.v4.sin_port : storage.v6.sin6_port);
 }
 
 std::string SocketAddress::text() const { return config::to_text(address(), port()); }
@@ -78,8 +65,10 @@ void Backend::connected() {
   }
 }
 
-void Backend::failed(Clock::time_point now) {
+void Backend::failed(Clock::time_point now, Clock::time_point began) {
   failures.fetch_add(1, std::memory_order_relaxed);
+  if (ticks(began) < last_failure_.load(std::memory_order_relaxed)) return;
+  last_failure_.store(ticks(now), std::memory_order_relaxed);
   const std::uint32_t in_a_row = failures_in_a_row_.fetch_add(1, std::memory_order_relaxed) + 1;
   retry_at_.store(ticks(now + pause_after(in_a_row)), std::memory_order_relaxed);
 }

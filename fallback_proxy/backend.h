@@ -5,6 +5,7 @@
 // thread.
 #pragma once
 
+#include <netinet/in.h>
 #include <sys/socket.h>
 
 #include <atomic>
@@ -23,14 +24,18 @@ struct SocketAddress {
   SocketAddress() = default;
   SocketAddress(const config::Address& address, std::uint16_t port);
 
-  const sockaddr* get() const { return reinterpret_cast<const sockaddr*>(&storage); }
-  int family() const { return storage.ss_family; }
+  const sockaddr* get() const { return &storage.any; }
+  int family() const { return storage.any.sa_family; }
   config::Address address() const;
   std::uint16_t port() const;
   /// "10.0.0.1:80", "[2001:db8::1]:80".
   std::string text() const;
 
-  sockaddr_storage storage{};
+  union {
+    sockaddr any;
+    sockaddr_in v4;
+    sockaddr_in6 v6;
+  } storage{.v6 = {}};
   socklen_t length = 0;
 };
 
@@ -45,7 +50,9 @@ class Backend {
   bool is_marked(Clock::time_point now) const { return retry_at_.load(std::memory_order_relaxed) > ticks(now); }
 
   void connected();
-  void failed(Clock::time_point now);
+  /// `began`: when the attempt did, or the flow that is refused. Those that began before a failure which is known
+  /// already say nothing new: all at once, they would mark it for as long as many failures in a row do.
+  void failed(Clock::time_point now, Clock::time_point began = Clock::time_point::max());
 
   const SocketAddress address;
   std::atomic<std::uint32_t> live = 0;      // connections and UDP flows
@@ -57,6 +64,7 @@ class Backend {
 
   std::atomic<std::uint32_t> failures_in_a_row_ = 0;
   std::atomic<std::int64_t> retry_at_ = 0;  // 0: not marked
+  std::atomic<std::int64_t> last_failure_ = 0;
 };
 
 }  // namespace userspace

@@ -38,6 +38,9 @@ class Deadlines {
     return items_.front().due;
   }
 
+  /// The one that waits for longest. Null when none waits.
+  Item* first() { return items_.empty() ? nullptr : &items_.front(); }
+
   /// Takes the first out if it is due.
   Item* pop(Clock::time_point now) {
     if (items_.empty() || items_.front().due > now) return nullptr;

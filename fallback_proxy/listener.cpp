@@ -91,7 +91,7 @@ bool Listener::accept_one() {
 Worker& Listener::least_loaded() const {
   Worker* least = &worker_;
   for (const auto& worker : workers_) {
-    if (worker->live() + worker_.reluctance() < least->live()) least = worker.get();
+    if (worker->live() < least->live()) least = worker.get();
   }
   return *least;
 }

@@ -31,6 +31,8 @@ class Listener : public std::enable_shared_from_this<Listener> {
            std::shared_ptr<const Service> service, AllowedPointer allowed);
 
   void start() { wait(); }
+  /// Until stop() is asked for, from any thread.
+  int socket() { return socket_.native_handle(); }
   /// For connections that come from now on.
   void change(std::shared_ptr<const Service> service) { service_ = std::move(service); }
   void change(AllowedPointer allowed) { allowed_ = std::move(allowed); }

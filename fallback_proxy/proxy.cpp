@@ -3,8 +3,10 @@
 
 #include <fmt/format.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <fstream>
 #include <set>
 #include <thread>
 #include <utility>
@@ -19,7 +21,6 @@ using namespace std::chrono_literals;
 // Descriptors besides those of connections, pipes and listeners: event loops, timers, the log, the configuration, the
 // control socket, and what a library may want.
 constexpr std::int64_t other_descriptors = 64;
-constexpr std::int64_t descriptors_per_connection = 2;
 constexpr std::int64_t descriptors_per_pipe = 2;
 
 /// The soft limit is raised to the hard one.
@@ -46,11 +47,30 @@ std::size_t pipes_per_thread(std::size_t threads) {
   return std::min(share, most);
 }
 
-std::int64_t connection_limit(std::size_t threads) {
+/// For connections and UDP flows.
+std::int64_t descriptors_to_use(std::size_t threads) {
   const auto pipes = static_cast<std::int64_t>(pipes_per_thread(threads) * threads);
-  const std::int64_t left = descriptor_limit() - other_descriptors - pipes * descriptors_per_pipe;
-  return std::max<std::int64_t>(left / descriptors_per_connection, 1);
+  return std::max<std::int64_t>(descriptor_limit() - other_descriptors - pipes * descriptors_per_pipe, 2);
 }
+
+/// The ports that the kernel gives to sockets that ask for none (ip_local_port_range), IPv6 as well.
+std::int64_t local_ports() {
+  std::int64_t first = 32768;
+  std::int64_t last = 60999;
+  std::ifstream("/proc/sys/net/ipv4/ip_local_port_range") >> first >> last;
+  return last - first + 1;
+}
+
+/// Flows come cheap and stay a while: connections have half of the descriptors for themselves, and this host's other
+/// programs half of the ports, of which each unconnected UDP socket needs one that no other has.
+std::int64_t flow_limit(const config::Config& config, std::int64_t descriptors) {
+  const std::int64_t limit = std::min(std::int64_t{config.limits.flows}, std::min(descriptors, local_ports()) / 2);
+  return std::max<std::int64_t>(limit, 1);
+}
+
+bool is_udp(const Service& service) { return service.settings().protocol == config::Protocol::udp; }
+
+constexpr const char* other_engine = "wants the engine bpf, and this is the userspace engine";
 
 bool wants(const config::Service& service, config::EngineMode engine) { return service.engine == engine; }
 
@@ -74,33 +94,38 @@ class Proxy::Posts {
 
 Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
     : control_(control),
-      admission_(connection_limit(thread_count(first))),
+      admission_(descriptors_to_use(thread_count(first)), flow_limit(first, descriptors_to_use(thread_count(first)))),
       allowed_(std::make_shared<Allowed>(std::span<const std::string>(), own_addresses())),
       addresses_(control, [this] { allow(); }),
+      vips_timer_(control),
       leaving_timer_(control),
       drain_timer_(control) {
   const std::size_t threads = thread_count(first);
   const WorkerSettings settings{.connect_timeout = first.userspace.connect_timeout,
                                 .idle_timeout = first.userspace.idle_timeout,
+                                .udp_timeout = first.userspace.udp_timeout,
                                 .pipes = pipes_per_thread(threads),
                                 .flows = first.limits.flows};
   for (std::size_t i = 0; i < threads; ++i) workers_.push_back(std::make_unique<Worker>(settings, admission_));
 }
 
 Proxy::~Proxy() {
-  // Listeners are shared with them.
+  // Listeners are shared with them, and they know each other.
   for (const auto& worker : workers_) worker->stop();
+  served_.clear();
+  workers_.clear();
+  // Behind the connections, which freeze without their routes. Failing is no matter: the next process sets it right.
+  if (local_vips_) (void)local_vips_->reconcile(predecessor_vips_);
 }
 
 Problems Proxy::apply(config::Config config) {
   Problems problems;
   config_ = std::move(config);
-  std::set<Key> kept;
+  std::set<SocketName> kept;
   for (const config::Service& settings : config_.services) {
-    const Key key{settings.vip, settings.port, settings.protocol};
+    const SocketName key{settings.vip, settings.port, settings.protocol};
     if (wants(settings, config::EngineMode::bpf)) {
-      problems.push_back(fmt::format("service {}: wants the engine bpf, and this is the userspace engine",
-                                     config::printable(settings.name)));
+      problems.push_back(fmt::format("service {}: {}", config::printable(settings.name), other_engine));
       continue;
     }
     kept.insert(key);
@@ -133,6 +158,7 @@ Problems Proxy::apply(config::Config config) {
     reset_leaving(*entry->second.service, nullptr, posts);
     served_.erase(entry);
   }
+  inherited_.clear();
   watch_leaving();
   return problems;
 }
@@ -166,31 +192,56 @@ void Proxy::update(Served& served, std::shared_ptr<const Service> next, Posts& p
     // Without a listener the kernel refuses.
     close_listener(served, false, posts);
     served.problem.clear();
-  } else if (!served.listener) {
-    open_listener(served, posts);
-  } else {
+  } else if (served.udp_listener) {
+    posts.add(*served.worker,
+              [listener = served.udp_listener, service = served.service] { listener->change(service); });
+  } else if (served.listener) {
     posts.add(*served.worker, [listener = served.listener, service = served.service] { listener->change(service); });
+  } else {
+    open_listener(served, posts);
   }
   if (before) reset_leaving(*before, served.service.get(), posts);
 }
 
+config::Result<config::Fd> Proxy::socket_for(const Service& service) {
+  const config::Service& settings = service.settings();
+  const auto inherited = inherited_.find({settings.vip, settings.port, settings.protocol});
+  if (inherited == inherited_.end())
+    return is_udp(service) ? open_udp_socket(settings) : open_listening_socket(settings);
+  config::Fd socket = std::move(inherited->second);
+  inherited_.erase(inherited);
+  return socket;
+}
+
 void Proxy::open_listener(Served& served, Posts& posts) {
-  auto socket = open_listening_socket(served.service->settings());
+  auto socket = socket_for(*served.service);
   if (!socket) {
     served.problem = socket.error().message;
     return;
   }
   served.problem.clear();
   served.worker = &next_worker();
+  if (is_udp(*served.service)) {
+    served.udp_listener =
+        std::make_shared<UdpListener>(*served.worker, workers_, std::move(*socket), served.service, allowed_);
+    posts.add(*served.worker, [listener = served.udp_listener] { listener->start(); });
+    return;
+  }
   served.listener =
       std::make_shared<Listener>(*served.worker, workers_, admission_, std::move(*socket), served.service, allowed_);
   posts.add(*served.worker, [listener = served.listener] { listener->start(); });
 }
 
 void Proxy::close_listener(Served& served, bool accept_queued, Posts& posts) {
-  if (!served.listener) return;
-  posts.add(*served.worker, [listener = std::move(served.listener), accept_queued] { listener->stop(accept_queued); });
-  served.listener.reset();
+  if (served.listener) {
+    posts.add(*served.worker,
+              [listener = std::move(served.listener), accept_queued] { listener->stop(accept_queued); });
+    served.listener.reset();
+  }
+  if (served.udp_listener) {
+    posts.add(*served.worker, [listener = std::move(served.udp_listener)] { listener->stop(); });
+    served.udp_listener.reset();
+  }
 }
 
 /// on_remove = "reset": the connections of backends that `after` does not have end at once.
@@ -212,21 +263,27 @@ Worker& Proxy::next_worker() { return *workers_[next_worker_++ % workers_.size()
 
 Problems Proxy::make_vips_local() {
   Problems problems;
-  if (!config_.userspace.local_vips) return problems;
+  if (!config_.userspace.local_vips || is_handing_over_) return problems;
+  vip_problems_.clear();
   if (!local_vips_) {
     auto opened = LocalVips::open();
     if (!opened) return {opened.error().message};
     local_vips_.emplace(std::move(*opened));
   }
-  std::set<config::Address> wanted;
+  auto failures = local_vips_->reconcile(vips());
+  if (!failures) return {failures.error().message};
+  for (const auto& failure : *failures) {
+    problems.push_back(fmt::format("vip {}: {}", failure.vip.to_string(), failure.reason));
+    vip_problems_.emplace(failure.vip, problems.back());
+  }
+  return problems;
+}
+
+std::vector<config::Address> Proxy::vips() const {
+  std::set<config::Address> wanted(predecessor_vips_.begin(), predecessor_vips_.end());
   for (const auto& [key, served] : served_) wanted.insert(std::get<config::Address>(key));
   for (const Leaving& leaving : leaving_) wanted.insert(leaving.vip);
-  const std::vector<config::Address> list(wanted.begin(), wanted.end());
-  auto failures = local_vips_->reconcile(list);
-  if (!failures) return {failures.error().message};
-  for (const auto& failure : *failures)
-    problems.push_back(fmt::format("vip {}: {}", failure.vip.to_string(), failure.reason));
-  return problems;
+  return {wanted.begin(), wanted.end()};
 }
 
 /// Looks every second, as long as a VIP is leaving.
@@ -246,8 +303,10 @@ void Proxy::allow() {
   allowed_ = std::make_shared<Allowed>(config_.userspace.allow_from, own_addresses());
   Posts posts;
   for (const auto& [key, served] : served_) {
-    if (!served.listener) continue;
-    posts.add(*served.worker, [listener = served.listener, allowed = allowed_] { listener->change(allowed); });
+    if (served.listener)
+      posts.add(*served.worker, [listener = served.listener, allowed = allowed_] { listener->change(allowed); });
+    if (served.udp_listener)
+      posts.add(*served.worker, [listener = served.udp_listener, allowed = allowed_] { listener->change(allowed); });
   }
 }
 
@@ -257,10 +316,112 @@ std::size_t Proxy::connections() const {
   return sum;
 }
 
+void Proxy::inherit(std::map<SocketName, config::Fd> sockets, std::vector<config::Address> vips) {
+  inherited_ = std::move(sockets);
+  predecessor_vips_ = std::move(vips);
+}
+
+void Proxy::predecessor_has_ended() {
+  predecessor_vips_.clear();
+  make_vips_local();
+}
+
+void Proxy::begin_hand_over() {
+  is_handing_over_ = true;
+  has_given_vips_up_ = local_vips_.has_value();
+  local_vips_.reset();
+}
+
+void Proxy::cancel_hand_over() {
+  is_handing_over_ = false;
+  if (has_given_vips_up_) regain_vips();
+}
+
+/// The process that was to take over may be ending still, and has the routes until then.
+void Proxy::regain_vips() {
+  make_vips_local();
+  if (local_vips_) return;
+  vips_timer_.expires_after(100ms);
+  vips_timer_.async_wait([this](const boost::system::error_code& error) {
+    if (!error && !is_handing_over_) regain_vips();
+  });
+}
+
+std::vector<std::pair<SocketName, int>> Proxy::sockets() const {
+  std::vector<std::pair<SocketName, int>> sockets;
+  for (const auto& [key, served] : served_) {
+    if (served.listener) sockets.emplace_back(key, served.listener->socket());
+    if (served.udp_listener) sockets.emplace_back(key, served.udp_listener->socket());
+  }
+  return sockets;
+}
+
+Status Proxy::status() const {
+  Status status{.version = CLUSTERIP_VERSION,
+                .pid = ::getpid(),
+                .since = since_,
+                .threads = workers_.size(),
+                .connections = connections(),
+                .connection_limit = static_cast<std::uint64_t>(admission_.limit())};
+  status.services.reserve(config_.services.size());
+  for (const config::Service& settings : config_.services) status.services.push_back(status_of(settings));
+  return status;
+}
+
+ServiceStatus Proxy::status_of(const config::Service& settings) const {
+  ServiceStatus status{.name = settings.name,
+                       .vip = settings.vip,
+                       .port = settings.port,
+                       .protocol = settings.protocol,
+                       .policy = settings.policy};
+  const auto found = served_.find({settings.vip, settings.port, settings.protocol});
+  if (found == served_.end()) {
+    status.reason = other_engine;
+    return status;
+  }
+  const Served& served = found->second;
+  const auto vip_problem = vip_problems_.find(settings.vip);
+  status.is_serving = served.listener != nullptr || served.udp_listener != nullptr;
+  if (is_draining_)
+    status.reason = "the proxy is ending";
+  else if (!served.problem.empty())
+    status.reason = served.problem;
+  else if (served.service->is_empty())
+    status.reason = "no active backend";
+  if (vip_problem != vip_problems_.end()) status.reason += (status.reason.empty() ? "" : "; ") + vip_problem->second;
+  const ServiceState& counted = *served.state;
+  status.refused = counted.refused.load(std::memory_order_relaxed);
+  status.denied = counted.denied.load(std::memory_order_relaxed);
+  status.received = counted.received.load(std::memory_order_relaxed);
+  status.sent = counted.sent.load(std::memory_order_relaxed);
+  const auto now = Clock::now();
+  const auto backends = served.service->backends();
+  for (std::size_t i = 0; i < backends.size(); ++i) {
+    const config::Backend& backend = settings.backends[i];
+    status.backends.push_back({.address = backend.address,
+                               .port = backend.port,
+                               .weight = backend.weight,
+                               .state = backend.state,
+                               .is_marked = backends[i]->is_marked(now),
+                               .live = backends[i]->live.load(std::memory_order_relaxed),
+                               .connects = backends[i]->connects.load(std::memory_order_relaxed),
+                               .failures = backends[i]->failures.load(std::memory_order_relaxed)});
+  }
+  return status;
+}
+
 void Proxy::drain(std::function<void()> done) {
+  is_draining_ = true;
   {
     Posts posts;
-    for (auto& [key, served] : served_) close_listener(served, true, posts);
+    for (auto& [key, served] : served_) {
+      if (served.udp_listener)
+        posts.add(*served.worker, [listener = std::move(served.udp_listener), handed_over = is_handing_over_] {
+          listener->drain(handed_over);
+        });
+      else
+        close_listener(served, true, posts);
+    }
     // Behind the listeners: when a worker has done this, it has accepted all that was queued.
     workers_accepting_ = workers_.size();
     for (const auto& worker : workers_) posts.add(*worker, [this] { --workers_accepting_; });
@@ -269,10 +430,14 @@ void Proxy::drain(std::function<void()> done) {
 }
 
 void Proxy::wait_for_end(Clock::time_point until, std::function<void()> done) {
-  if (workers_accepting_ == 0 && connections() == 0) return done();
+  // A predecessor's connections need the routes, which end with this process.
+  if (workers_accepting_ == 0 && connections() == 0 && predecessor_vips_.empty()) return done();
   if (Clock::now() >= until) {
     for (const auto& worker : workers_)
-      worker->post([&worker = *worker] { worker.reset_relays([](const Relay&) { return true; }); });
+      worker->post([&worker = *worker] {
+        worker.reset_relays([](const Relay&) { return true; });
+        worker.end_flows();
+      });
   }
   drain_timer_.expires_after(20ms);
   drain_timer_.async_wait([this, until, done = std::move(done)](const boost::system::error_code& error) mutable {

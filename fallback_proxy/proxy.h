@@ -6,22 +6,26 @@
 
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/steady_timer.hpp>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
 #include <optional>
 #include <string>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "config/config.h"
 #include "config/fail.h"
+#include "config/fd.h"
 #include "fallback_proxy/address_watch.h"
 #include "fallback_proxy/admission.h"
 #include "fallback_proxy/listener.h"
 #include "fallback_proxy/local_vips.h"
 #include "fallback_proxy/service.h"
+#include "fallback_proxy/status.h"
+#include "fallback_proxy/udp_listener.h"
 #include "fallback_proxy/worker.h"
 
 namespace userspace {
@@ -45,20 +49,35 @@ class Proxy {
   /// reset.
   void drain(std::function<void()> done);
 
+  /// What another process has bound for its services, instead of sockets of the first configuration's own; what that
+  /// does not want is closed. `vips` stay local until predecessor_has_ended(), and draining waits for it.
+  void inherit(std::map<SocketName, config::Fd> sockets, std::vector<config::Address> vips);
+  void predecessor_has_ended();
+
+  /// From now on the VIPs are another process's to make local, also after the end of this one, unless
+  /// cancel_hand_over() takes them back.
+  void begin_hand_over();
+  void cancel_hand_over();
+  /// The sockets of the services. They are this object's, until the next apply() or drain().
+  std::vector<std::pair<SocketName, int>> sockets() const;
+  /// The VIPs that must be local for what is served, and for connections.
+  std::vector<config::Address> vips() const;
+
+  Status status() const;
+
   std::size_t services() const { return served_.size(); }
   std::size_t connections() const;
 
  private:
-  using Key = std::tuple<config::Address, std::uint16_t, config::Protocol>;
-
   /// One service across reloads.
   struct Served {
     std::shared_ptr<ServiceState> state = std::make_shared<ServiceState>();
     std::shared_ptr<const Service> service;
     std::vector<std::weak_ptr<const Service>> earlier;  // that connections may still have
     Worker* worker = nullptr;                           // of the listener
-    std::shared_ptr<Listener> listener;
-    std::string problem;  // why it is not served
+    std::shared_ptr<Listener> listener;                 // of TCP
+    std::shared_ptr<UdpListener> udp_listener;          // of UDP
+    std::string problem;                                // why it is not served
   };
 
   /// A VIP that no service has any more: local until the last connection to it has ended.
@@ -72,16 +91,20 @@ class Proxy {
 
   std::shared_ptr<const Service> next_service(const config::Service& settings, Served& served);
   void update(Served& served, std::shared_ptr<const Service> next, Posts& posts);
+  config::Result<config::Fd> socket_for(const Service& service);
   void open_listener(Served& served, Posts& posts);
   void close_listener(Served& served, bool accept_queued, Posts& posts);
   void reset_leaving(const Service& before, const Service* after, Posts& posts);
   Worker& next_worker();
   Problems make_vips_local();
+  void regain_vips();
+  ServiceStatus status_of(const config::Service& settings) const;
   void watch_leaving();
   void allow();
   void wait_for_end(Clock::time_point until, std::function<void()> done);
 
   boost::asio::io_context& control_;
+  const std::chrono::system_clock::time_point since_ = std::chrono::system_clock::now();
   config::Config config_;
   Admission admission_;
   Workers workers_;
@@ -89,7 +112,14 @@ class Proxy {
   AllowedPointer allowed_;
   AddressWatch addresses_;
   std::optional<LocalVips> local_vips_;
-  std::map<Key, Served> served_;
+  std::map<config::Address, std::string> vip_problems_;  // why it is not local by our doing
+  std::map<SocketName, config::Fd> inherited_;           // and not used yet
+  std::vector<config::Address> predecessor_vips_;
+  bool is_handing_over_ = false;
+  bool has_given_vips_up_ = false;  // with the hand-over
+  boost::asio::steady_timer vips_timer_;
+  bool is_draining_ = false;
+  std::map<SocketName, Served> served_;
   std::vector<Leaving> leaving_;
   boost::asio::steady_timer leaving_timer_;
   boost::asio::steady_timer drain_timer_;

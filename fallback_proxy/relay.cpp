@@ -103,7 +103,7 @@ Relay::Relay(Worker& worker, Accepted accepted)
 Relay::~Relay() {
   // Cut off in the middle: no side may take it for the end.
   if (phase_ != Phase::closed) reset();
-  worker_.ended(!is_kept_alive_);
+  worker_.ended();
 }
 
 void Relay::start(Worker& worker, Accepted accepted) {

@@ -10,6 +10,7 @@
 #include <memory>
 #include <random>
 #include <span>
+#include <tuple>
 #include <vector>
 
 #include "balance/alias_table.h"
@@ -19,14 +20,18 @@
 
 namespace userspace {
 
+/// What a service's socket is bound to.
+using SocketName = std::tuple<config::Address, std::uint16_t, config::Protocol>;
+
 using BackendPointer = std::shared_ptr<Backend>;
 using Random = std::mt19937;
 
 /// What outlives a reload. Used from any thread.
 struct ServiceState {
   std::atomic<std::uint32_t> turn = 0;      // round_robin: the next place in the ring
-  std::atomic<std::uint64_t> refused = 0;   // connections that no backend took
+  std::atomic<std::uint64_t> refused = 0;   // connections that no backend took; datagrams that began no flow
   std::atomic<std::uint64_t> denied = 0;    // from addresses that are not served
+  std::atomic<std::uint64_t> dropped = 0;   // datagrams for which there was no room
   std::atomic<std::uint64_t> received = 0;  // bytes from clients
   std::atomic<std::uint64_t> sent = 0;      // bytes to clients
   Affinity affinity;
@@ -52,8 +57,9 @@ class Service {
   /// Tells affinity that `client` has reached `backend`. `limit`: [limits] flows.
   void remember(const SocketAddress& client, const BackendPointer& backend, std::size_t limit) const;
 
- private:
   bool is_active(const Backend& backend) const { return active_set_.contains(&backend); }
+
+ private:
   const BackendPointer& draw(Random& random) const;
   const BackendPointer& by_policy(const SocketAddress& client, Random& random) const;
 

@@ -22,6 +22,9 @@ constexpr auto young_time = 1s;
 constexpr auto half_closed_time = 10min;
 constexpr auto delivering_time = 20ms;
 
+// A flow that answers a question does so within this time, as a rule.
+constexpr auto draining_flow_time = 1s;
+
 constexpr auto pause_time = 100ms;
 
 config::Fd open_reserve() { return config::Fd(::open("/dev/null", O_RDONLY | O_CLOEXEC)); }
@@ -41,6 +44,8 @@ Worker::Worker(const WorkerSettings& settings, Admission& admission)
       deadlines_{Deadlines<Relay>(settings.connect_timeout), Deadlines<Relay>(young_time),
                  Deadlines<Relay>(settings.idle_timeout), Deadlines<Relay>(half_closed_time),
                  Deadlines<Relay>(delivering_time)},
+      idle_flows_(settings.udp_timeout),
+      draining_flows_(draining_flow_time),
       timer_(io_),
       pause_(io_) {
   // Signals are the control thread's.
@@ -64,8 +69,8 @@ Worker::~Worker() {
 
 void Worker::take(Accepted accepted) {
   live_.fetch_add(1, std::memory_order_relaxed);
-  boost::asio::post(
-      io_, [this, accepted = std::move(accepted)]() mutable { Relay::start(*this, std::move(accepted)); });
+  boost::asio::post(io_,
+                    [this, accepted = std::move(accepted)]() mutable { Relay::start(*this, std::move(accepted)); });
 }
 
 void Worker::post(std::function<void()> function) { boost::asio::post(io_, std::move(function)); }
@@ -77,11 +82,13 @@ void Worker::start(Accepted accepted) {
 
 void Worker::add(Relay& relay) { relays_.push_back(relay); }
 
-void Worker::ended(bool was_young) {
-  constexpr std::uint32_t window = 16;
-  share_of_young_ = (share_of_young_ * (window - 1) + (was_young ? 256 : 0)) / window;
+void Worker::ended() {
   live_.fetch_sub(1, std::memory_order_relaxed);
   admission_.give_back();
+  has_room();
+}
+
+void Worker::has_room() {
   if (!reserve_) reserve_ = open_reserve();
   if (!paused_.empty()) resume_accepting();
 }
@@ -134,10 +141,82 @@ void Worker::arm(Clock::time_point due) {
 void Worker::expire() {
   armed_.reset();
   const auto now = Clock::now();
-  for (auto& deadlines : deadlines_) {
-    while (Relay* relay = deadlines.pop(now)) relay->expire();
-    if (const auto next = deadlines.next()) arm(*next);
-  }
+  for (auto& deadlines : deadlines_) expire(deadlines, now);
+  expire(idle_flows_, now);
+  expire(draining_flows_, now);
+}
+
+template <class Item>
+void Worker::expire(Deadlines<Item>& deadlines, Clock::time_point now) {
+  while (Item* item = deadlines.pop(now)) item->expire();
+  if (const auto next = deadlines.next()) arm(*next);
+}
+
+// --- UDP flows ------------------------------------------------------------------------------------------------------
+
+Datagrams& Worker::datagrams() {
+  if (!datagrams_) datagrams_ = std::make_unique<Datagrams>();
+  return *datagrams_;
+}
+
+bool Worker::take_flow() {
+  if (places_ > 0)
+    --places_;
+  else if (!admission_.take_flow() && !give_up_flow())
+    return false;
+  live_.fetch_add(1, std::memory_order_relaxed);
+  flows_.fetch_add(1, std::memory_order_relaxed);
+  return true;
+}
+
+void Worker::flow_ended() {
+  live_.fetch_sub(1, std::memory_order_relaxed);
+  flows_.fetch_sub(1, std::memory_order_relaxed);
+  admission_.give_back_flow();
+  has_room();
+}
+
+Flow* Worker::idlest_flow() {
+  Flow* flow = idle_flows_.first();
+  return flow != nullptr ? flow : draining_flows_.first();
+}
+
+/// Its place is the caller's.
+bool Worker::give_up_flow() {
+  Flow* flow = idlest_flow();
+  if (flow == nullptr) return false;
+  flow->give_up();
+  live_.fetch_sub(1, std::memory_order_relaxed);
+  flows_.fetch_sub(1, std::memory_order_relaxed);
+  return true;
+}
+
+void Worker::ask_for_place(Worker& other) {
+  if (std::exchange(asks_for_place_, true)) return;
+  // The place itself is handed over: free, it would be the other thread's again before this one's client asks again.
+  other.post([this, &other] {
+    const bool has_given = other.give_up_flow();
+    post([this, has_given] {
+      asks_for_place_ = false;
+      if (has_given) ++places_;
+    });
+  });
+}
+
+void Worker::wait(Flow& flow, Clock::time_point now) {
+  auto& deadlines = is_draining_flows_ ? draining_flows_ : idle_flows_;
+  deadlines.add(flow, now);
+  arm(now + deadlines.time());
+}
+
+void Worker::drain_flows() {
+  if (std::exchange(is_draining_flows_, true)) return;
+  const auto now = Clock::now();
+  while (Flow* flow = idle_flows_.first()) wait(*flow, now);
+}
+
+void Worker::end_flows() {
+  while (Flow* flow = idlest_flow()) flow->end();
 }
 
 }  // namespace userspace

@@ -16,7 +16,9 @@
 
 #include "config/fd.h"
 #include "fallback_proxy/admission.h"
+#include "fallback_proxy/datagrams.h"
 #include "fallback_proxy/deadlines.h"
+#include "fallback_proxy/flow.h"
 #include "fallback_proxy/pipe_pool.h"
 #include "fallback_proxy/relay.h"
 #include "fallback_proxy/service.h"
@@ -27,8 +29,9 @@ namespace userspace {
 struct WorkerSettings {
   Clock::duration connect_timeout;
   Clock::duration idle_timeout;  // 0: none
-  std::size_t pipes = 0;         // at most so many
-  std::size_t flows = 0;         // [limits] flows
+  Clock::duration udp_timeout;
+  std::size_t pipes = 0;  // at most so many
+  std::size_t flows = 0;  // [limits] flows
 };
 
 class Worker {
@@ -47,8 +50,10 @@ class Worker {
   void take(Accepted accepted);
   /// Runs `function` in this thread.
   void post(std::function<void()> function);
-  /// Connections that this thread has or is about to have.
+  /// Connections and UDP flows that this thread has or is about to have.
   std::uint32_t live() const { return live_.load(std::memory_order_relaxed); }
+  /// The UDP flows among them.
+  std::uint32_t flows() const { return flows_.load(std::memory_order_relaxed); }
 
   // In this thread only.
 
@@ -60,11 +65,8 @@ class Worker {
 
   void start(Accepted accepted);
   void add(Relay& relay);
-  /// It has ended. `was_young`: within a second.
-  void ended(bool was_young);
-  /// How many connections fewer another worker must have to be given one: giving it away costs about a tenth of what a
-  /// short connection costs in all, and pays only for one that stays.
-  std::uint32_t reluctance() const { return share_of_young_ > 128 ? 64 : 0; }
+  /// It has ended.
+  void ended();
 
   enum class Wait : std::uint8_t { connecting, young, idle, half_closed, delivering };
   /// Calls relay.expire() once the time is over, unless it is told to wait for something else before.
@@ -72,6 +74,20 @@ class Worker {
 
   /// Resets those connections for which `which` says so.
   void reset_relays(const std::function<bool(const Relay&)>& which);
+
+  Datagrams& datagrams();
+  /// A place for a UDP flow: a free one, or that of this thread's flow which has been idle for longest. False when this
+  /// thread has none to give up.
+  bool take_flow();
+  /// Its place is free.
+  void flow_ended();
+  /// Has `other` give up a flow for one of this thread's, soon.
+  void ask_for_place(Worker& other);
+  /// Something has come or gone: calls flow.expire() when that has been `udp_timeout` ago.
+  void wait(Flow& flow, Clock::time_point now);
+  /// From now on flows end when they have been idle for a second.
+  void drain_flows();
+  void end_flows();
 
   /// Descriptors ran out although there was room for the connection (other processes can use up the system's): the
   /// descriptor that is kept for this moment is given up, once. False when it is already.
@@ -83,6 +99,11 @@ class Worker {
  private:
   void arm(Clock::time_point due);
   void expire();
+  template <class Item>
+  void expire(Deadlines<Item>& deadlines, Clock::time_point now);
+  Flow* idlest_flow();
+  bool give_up_flow();
+  void has_room();
   void resume_accepting();
 
   boost::asio::io_context io_;
@@ -90,12 +111,18 @@ class Worker {
   const WorkerSettings settings_;
   Admission& admission_;
   std::atomic<std::uint32_t> live_ = 0;
-  std::uint32_t share_of_young_ = 0;  // of those that ended lately, in 1/256
+  std::atomic<std::uint32_t> flows_ = 0;
   std::vector<char> buffer_;
+  std::unique_ptr<Datagrams> datagrams_;  // once there is a UDP service
   PipePool pipes_;
   Random random_;
   config::Fd reserve_;
   Deadlines<Relay> deadlines_[5];
+  Deadlines<Flow> idle_flows_;
+  Deadlines<Flow> draining_flows_;
+  bool is_draining_flows_ = false;
+  std::uint32_t places_ = 0;  // for flows, from other threads
+  bool asks_for_place_ = false;
   boost::asio::steady_timer timer_;
   std::optional<Clock::time_point> armed_;
   boost::asio::steady_timer pause_;

@@ -24,6 +24,12 @@ std::shared_ptr<const FallbackProxy::Files> files_with(const std::string& text) 
   return files;
 }
 
+std::vector<std::string> command(const FallbackProxy::Files& files, const std::vector<std::string>& more_arguments) {
+  std::vector<std::string> words = {CLUSTERIP_FALLBACK_PROXY, "--config", files.config()};
+  words.insert(words.end(), more_arguments.begin(), more_arguments.end());
+  return words;
+}
+
 }  // namespace
 
 void FallbackProxy::Files::write(const std::string& text) const {
@@ -33,8 +39,9 @@ void FallbackProxy::Files::write(const std::string& text) const {
 FallbackProxy::FallbackProxy(const std::string& text, const std::function<void()>& prepare)
     : FallbackProxy(files_with(text), prepare) {}
 
-FallbackProxy::FallbackProxy(std::shared_ptr<const Files> files, const std::function<void()>& prepare)
-    : files_(std::move(files)), process_({CLUSTERIP_FALLBACK_PROXY, "--config", files_->config()}, nullptr, prepare) {
+FallbackProxy::FallbackProxy(std::shared_ptr<const Files> files, const std::function<void()>& prepare,
+                             const std::vector<std::string>& more_arguments)
+    : files_(std::move(files)), process_(command(*files_, more_arguments), nullptr, prepare) {
   wait_for_log("serving ");
 }
 

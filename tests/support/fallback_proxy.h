@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "tests/support/observe.h"
 #include "tests/support/process.h"
@@ -36,7 +37,8 @@ class FallbackProxy {
   /// something.
   explicit FallbackProxy(const std::string& text, const std::function<void()>& prepare = {});
   /// The same with the files of another, as they are.
-  explicit FallbackProxy(std::shared_ptr<const Files> files, const std::function<void()>& prepare = {});
+  explicit FallbackProxy(std::shared_ptr<const Files> files, const std::function<void()>& prepare = {},
+                         const std::vector<std::string>& more_arguments = {});
 
   const std::shared_ptr<const Files>& files() const { return files_; }
   pid_t pid() const { return process_.pid(); }

@@ -14,6 +14,7 @@ std::vector<Service> more_services(std::uint32_t count, const Backend& backend) 
 
 std::string toml(const std::vector<Service>& services, Limits limits) {
   std::string text = fmt::format("[limits]\nservices = {}\nbackends = {}\n", limits.services, limits.backends);
+  if (limits.flows != 0) text += fmt::format("flows = {}\n", limits.flows);
   for (const Service& service : services) {
     text += fmt::format("\n[[service]]\nname = \"{}\"\nvip = \"{}\"\nport = {}\nno_backend = \"{}\"\nbackends = [\n",
                         service.name, service.vip, service.port, service.no_backend);

@@ -32,6 +32,7 @@ struct Service {
 struct Limits {
   std::uint32_t services = 256;
   std::uint32_t backends = 4096;
+  std::uint32_t flows = 0;  // 0: the default; the fast path has no such limit
 };
 
 /// The table [userspace]. Not those of the engine, but what suits tests: 127.0.0.0/8 is local already, and few threads.

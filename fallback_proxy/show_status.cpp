@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "fallback_proxy/show_status.h"
+
+#include <fmt/format.h>
+
+#include <boost/json.hpp>
+#include <cerrno>
+#include <string_view>
+
+#include "cli/table.h"
+#include "cli/text.h"
+#include "config/values.h"
+#include "fallback_proxy/control_client.h"
+
+namespace userspace {
+namespace {
+
+using boost::json::object;
+using boost::json::value;
+using cli::Cell;
+using cli::Colour;
+
+// Another version may have answered: what is missing throws.
+
+std::string text(const object& of, std::string_view key) { return value_to<std::string>(of.at(key)); }
+
+Cell number(const object& of, std::string_view key) { return {fmt::to_string(of.at(key).to_number<std::uint64_t>())}; }
+
+std::string endpoint(const object& of, std::string_view address) {
+  return config::to_text(boost::asio::ip::make_address(text(of, address)), of.at("port").to_number<std::uint16_t>());
+}
+
+Cell state(const object& backend) {
+  if (backend.at("marked").as_bool()) return {"dead", Colour::red};
+  const std::string state = text(backend, "state");
+  return {state, state == "active" ? Colour::none : Colour::yellow};
+}
+
+std::string to_text(const object& status) {
+  using enum cli::Table::Align;
+  cli::Table services({{"SERVICE"},
+                       {"VIP"},
+                       {"POLICY"},
+                       {"SERVING"},
+                       {"LIVE", right},
+                       {"REFUSED", right},
+                       {"DENIED", right},
+                       {"RECEIVED", right},
+                       {"SENT", right},
+                       {"REASON"}});
+  cli::Table backends({{"SERVICE"},
+                       {"BACKEND"},
+                       {"WEIGHT", right},
+                       {"STATE"},
+                       {"LIVE", right},
+                       {"CONNECTS", right},
+                       {"FAILURES", right}});
+  const auto& list = status.at("services").as_array();
+  for (const value& entry : list) {
+    const object& service = entry.as_object();
+    const bool is_serving = service.at("serving").as_bool();
+    std::uint64_t live = 0;
+    for (const value& each : service.at("backends").as_array()) {
+      const object& backend = each.as_object();
+      live += backend.at("live").to_number<std::uint64_t>();
+      backends.add({{text(service, "name")},
+                    {endpoint(backend, "address")},
+                    number(backend, "weight"),
+                    state(backend),
+                    number(backend, "live"),
+                    number(backend, "connects"),
+                    number(backend, "failures")});
+    }
+    services.add({{text(service, "name")},
+                  {fmt::format("{}/{}", endpoint(service, "vip"), text(service, "protocol"))},
+                  {text(service, "policy")},
+                  is_serving ? Cell{"yes"} : Cell{"no", Colour::red},
+                  {fmt::to_string(live)},
+                  number(service, "refused"),
+                  number(service, "denied"),
+                  number(service, "received"),
+                  number(service, "sent"),
+                  {text(service, "reason")}});
+  }
+  const bool colour = cli::wants_colour(stdout);
+  return fmt::format("fallback_proxy {}, pid {}, since {}: {}, {} of at most {} connections, {}\n\n{}\n{}",
+                     text(status, "version"), number(status, "pid").text, text(status, "since"),
+                     cli::count(list.size(), "service"), number(status, "connections").text,
+                     number(status, "connection_limit").text,
+                     cli::count(status.at("threads").to_number<std::uint64_t>(), "thread"), services.render(colour),
+                     backends.render(colour));
+}
+
+}  // namespace
+
+config::Result<std::string> show_status(const std::string& path, bool json) {
+  auto client = ControlClient::connect(path);
+  if (!client) return std::unexpected(client.error());
+  if (!*client) return config::fail(-ECONNREFUSED, "no fallback_proxy listens at " + path);
+  const auto status = (*client)->ask({{"request", "status"}});
+  if (!status) return std::unexpected(status.error());
+  try {
+    return json ? serialize(*status) + "\n" : to_text(*status);
+  } catch (const boost::system::system_error& error) {
+    return config::fail(-EPROTO, fmt::format("pid {} has answered what this version does not understand: {}",
+                                             (*client)->pid(), error.what()));
+  }
+}
+
+}  // namespace userspace

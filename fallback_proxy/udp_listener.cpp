@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "fallback_proxy/udp_listener.h"
+
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "balance/hash.h"
+
+namespace userspace {
+namespace {
+
+// So many reads, and then others have their turn.
+constexpr int rounds = 4;
+
+// What clients may send while the thread does something else. The kernel takes the memory only for what is queued.
+constexpr int receive_buffer = 1024 * 1024;
+
+// Of descriptors, of memory, or (EAGAIN) of local ports: no other backend would change that.
+bool is_shortage(int error) {
+  return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM || error == EAGAIN;
+}
+
+/// A port that nobody has can be the one that the kernel has just given to this socket: it would talk to itself.
+bool is_connected_to_itself(int fd, const Backend& backend) {
+  SocketAddress own;
+  own.length = sizeof own.storage;
+  return ::getsockname(fd, reinterpret_cast<sockaddr*>(&own.storage), &own.length) == 0 &&
+         own.port() == backend.address.port() && own.address() == backend.address.address();
+}
+
+void add(std::atomic<std::uint64_t>& counter, std::uint64_t count) {
+  if (count > 0) counter.fetch_add(count, std::memory_order_relaxed);
+}
+
+}  // namespace
+
+config::Result<config::Fd> open_udp_socket(const config::Service& service) {
+  const SocketAddress vip(service.vip, service.port);
+  config::Fd socket(::socket(vip.family(), SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_UDP));
+  if (!socket) return config::fail_errno(errno, "socket");
+  const int on = 1;
+  if (vip.family() == AF_INET6) ::setsockopt(socket.get(), IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+  // Beyond net.core.rmem_max, where CAP_NET_ADMIN allows it.
+  if (::setsockopt(socket.get(), SOL_SOCKET, SO_RCVBUFFORCE, &receive_buffer, sizeof receive_buffer) != 0)
+    ::setsockopt(socket.get(), SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof receive_buffer);
+  // Without SO_REUSEADDR: for UDP it would let a second socket take the first one's datagrams.
+  if (::bind(socket.get(), vip.get(), vip.length) == 0) return socket;
+  const int error = errno;  // the text of the address may change it
+  return config::fail_errno(error, "binding " + vip.text());
+}
+
+std::size_t UdpListener::Hash::operator()(const UdpClient& client) const {
+  std::uint64_t hash = salt;
+  const auto* bytes = reinterpret_cast<const char*>(&client.storage);
+  for (std::size_t i = 0; i < client.length; i += sizeof hash) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, bytes + i, std::min(sizeof word, client.length - i));
+    hash = balance::hash_pair(hash, word);
+  }
+  return hash;
+}
+
+UdpListener::UdpListener(Worker& worker, const Workers& workers, config::Fd socket,
+                         std::shared_ptr<const Service> service, AllowedPointer allowed)
+    : worker_(worker),
+      workers_(workers),
+      socket_(worker.io(), socket.release()),
+      service_(std::move(service)),
+      allowed_(std::move(allowed)),
+      flows_(0, Hash{std::uint64_t{std::random_device{}()} << 32 | std::random_device{}()}) {}
+
+void UdpListener::wait() {
+  socket_.async_wait(socket_.wait_read, [self = shared_from_this()](const boost::system::error_code&) {
+    if (self->socket_.is_open()) self->receive();
+  });
+}
+
+// --- from the clients -----------------------------------------------------------------------------------------------
+
+void UdpListener::receive() {
+  if (is_handed_over_) return;
+  const auto now = Clock::now();
+  Datagrams& datagrams = worker_.datagrams();
+  for (int round = 0; round < rounds && socket_.is_open(); ++round) {
+    const std::size_t count = datagrams.receive(socket_.native_handle());
+    for (std::size_t begin = 0; begin < count;) {
+      // What one client has sent in a row travels on together.
+      std::size_t end = begin + 1;
+      while (end < count && datagrams.source(end) == datagrams.source(begin)) ++end;
+      pass_on(begin, end, now);
+      begin = end;
+    }
+    if (count < Datagrams::most) break;
+  }
+  if (socket_.is_open()) wait();
+}
+
+void UdpListener::pass_on(std::size_t begin, std::size_t end, Clock::time_point now) {
+  const UdpClient client = worker_.datagrams().source(begin);
+  // Twice: a backend that has refused what came before is found out now, and another one is there.
+  for (int i = 0; i < 2 && begin < end; ++i) {
+    Flow* flow = find(client);
+    if (flow == nullptr) flow = begin_flow(client, end - begin, now);
+    if (flow == nullptr) return;
+    begin = flow->send(begin, end, now);
+  }
+  add(service_->state().dropped, end - begin);
+}
+
+Flow* UdpListener::find(const UdpClient& client) const {
+  const auto found = flows_.find(client);
+  return found != flows_.end() ? found->second.get() : nullptr;
+}
+
+/// For `count` datagrams. Null, and they are counted, when that cannot be.
+Flow* UdpListener::begin_flow(const UdpClient& from, std::size_t count, Clock::time_point now) {
+  ServiceState& state = service_->state();
+  const SocketAddress client = from.socket_address();
+  if (!allowed_->contains(client)) {
+    add(state.denied, count);
+    return nullptr;
+  }
+  if (is_draining_) {
+    add(state.refused, count);
+    return nullptr;
+  }
+  if (!worker_.take_flow()) {
+    add(state.dropped, count);
+    ask_for_place();
+    return nullptr;
+  }
+  Flow* flow = reach_backend(from, client, now);
+  if (flow == nullptr) {
+    add(state.refused, count);
+    worker_.flow_ended();
+  }
+  return flow;
+}
+
+Flow* UdpListener::reach_backend(const UdpClient& from, const SocketAddress& client, Clock::time_point now) {
+  std::vector<BackendPointer> tried;
+  while (BackendPointer backend = service_->choose(client, tried, worker_.random())) {
+    config::Fd socket = connect_to(*backend);
+    if (socket) {
+      service_->remember(client, backend, worker_.settings().flows);
+      const auto flow = std::make_shared<Flow>(worker_, *this, from, backend, std::move(socket), now);
+      flows_.emplace(from, flow);
+      flow->start(now);
+      return flow.get();
+    }
+    if (is_shortage(errno)) break;
+    backend->failed(now);
+    tried.push_back(std::move(backend));
+  }
+  return nullptr;
+}
+
+/// Leaves errno when there is none.
+config::Fd UdpListener::connect_to(const Backend& backend) {
+  const int type = SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC;
+  config::Fd socket(::socket(backend.address.family(), type, IPPROTO_UDP));
+  if (!socket && (errno == EMFILE || errno == ENFILE) && worker_.release_reserve())
+    socket = config::Fd(::socket(backend.address.family(), type, IPPROTO_UDP));
+  if (!socket) return {};
+  int error = ::connect(socket.get(), backend.address.get(), backend.address.length) == 0 ? 0 : errno;
+  if (error == 0 && is_connected_to_itself(socket.get(), backend)) error = ECONNREFUSED;
+  if (error == 0) return socket;
+  socket.reset();
+  errno = error;
+  return {};
+}
+
+/// The thread that has the most flows gives one up.
+void UdpListener::ask_for_place() {
+  const auto most = std::ranges::max_element(workers_, {}, [](const auto& worker) { return worker->flows(); });
+  if (most->get() != &worker_) worker_.ask_for_place(**most);
+}
+
+void UdpListener::count_received(const Datagrams::Sent& sent) {
+  add(service_->state().received, sent.bytes);
+  add(service_->state().dropped, sent.dropped);
+}
+
+// --- to the clients -------------------------------------------------------------------------------------------------
+
+void UdpListener::reply(std::size_t count, const UdpClient& client) {
+  const Datagrams::Sent sent = worker_.datagrams().send(socket_.native_handle(), 0, count, &client);
+  add(service_->state().sent, sent.bytes);
+  add(service_->state().dropped, sent.dropped + (count - sent.next));
+}
+
+// --- changes --------------------------------------------------------------------------------------------------------
+
+void UdpListener::change(std::shared_ptr<const Service> service) {
+  const auto before = std::exchange(service_, std::move(service));
+  if (before->settings().on_remove == config::OnRemove::keep) return;
+  end_flows([&](const Flow& flow) { return !service_->is_active(flow.backend()); });
+}
+
+void UdpListener::end_flows(const std::function<bool(const Flow&)>& which) {
+  std::vector<std::shared_ptr<Flow>> ending;  // they leave flows_ as they end
+  for (const auto& [client, flow] : flows_) {
+    if (which(*flow)) ending.push_back(flow);
+  }
+  for (const auto& flow : ending) flow->end();
+}
+
+void UdpListener::forget(const UdpClient& client) {
+  flows_.erase(client);
+  if (is_draining_ && flows_.empty()) close();
+}
+
+void UdpListener::drain(bool is_handed_over) {
+  is_draining_ = true;
+  is_handed_over_ = is_handed_over;
+  worker_.drain_flows();
+  if (flows_.empty()) close();
+}
+
+void UdpListener::stop() {
+  end_flows([](const Flow&) { return true; });
+  close();
+}
+
+void UdpListener::close() {
+  boost::system::error_code ignored;
+  socket_.close(ignored);
+}
+
+}  // namespace userspace

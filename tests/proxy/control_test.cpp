@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// The control socket: whose it is, what it answers, and the status.
+#include "tests/proxy/control.h"
+
+#include <fmt/format.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <memory>
+
+namespace {
+
+using namespace support;
+
+class Control : public Proxied {};
+
+TEST_F(Control, SecondProcessIsRefusedInOneLine) {
+  const NamedServer one("one");
+  FallbackProxy proxy(proxy_toml({{"web", vip, 80, {backend(one)}}}));
+  const Finished second = fallback_proxy({"--config", proxy.files()->config()});
+  EXPECT_EQ(second.exit_code, failed);
+  EXPECT_EQ(lines(second.err), 1) << second.err;
+  EXPECT_TRUE(contains(second.err, fmt::format("pid {} serves already", proxy.pid()))) << second.err;
+  EXPECT_TRUE(contains(second.err, "--take-over")) << second.err;
+  EXPECT_EQ(ask(vip, 80), answered_by("one"));
+}
+
+TEST_F(Control, KilledProcessIsInNobodysWay) {
+  const NamedServer one("one");
+  FallbackProxy first(proxy_toml({{"web", vip, 80, {backend(one)}}}));
+  first.kill();
+  ASSERT_TRUE(std::filesystem::exists(first.files()->control()));
+  FallbackProxy second(first.files());
+  EXPECT_EQ(number(status(*first.files()), "pid"), static_cast<std::uint64_t>(second.pid()));
+  second.kill();
+  FallbackProxy third(first.files(), {}, {"--take-over"});
+  EXPECT_EQ(number(status(*first.files()), "pid"), static_cast<std::uint64_t>(third.pid()));
+  EXPECT_EQ(ask(vip, 80), answered_by("one"));
+  EXPECT_EQ(third.terminate().exit_code, fine);
+  EXPECT_FALSE(std::filesystem::exists(first.files()->control()));
+}
+
+TEST_F(Control, FileThatIsNoSocketStays) {
+  const NamedServer one("one");
+  const auto files = std::make_shared<FallbackProxy::Files>();
+  files->write(proxy_toml({{"web", vip, 80, {backend(one)}}}));
+  FallbackProxy proxy(files, {}, {"--control", files->config()});
+  EXPECT_EQ(ask(vip, 80), answered_by("one"));
+  const Finished ended = proxy.terminate();
+  EXPECT_TRUE(contains(ended.err, "no status and no upgrade")) << ended.err;
+  EXPECT_TRUE(std::filesystem::exists(files->config()));
+}
+
+TEST_F(Control, ProxyServesWithoutADirectoryForTheSocket) {
+  const NamedServer one("one");
+  const auto files = std::make_shared<FallbackProxy::Files>();
+  files->write(proxy_toml({{"web", vip, 80, {backend(one)}}}));
+  FallbackProxy proxy(files, {}, {"--control", files->control() + "/not/there"});
+  EXPECT_EQ(ask(vip, 80), answered_by("one"));
+  const Finished ended = proxy.terminate();
+  EXPECT_EQ(ended.exit_code, fine);
+  EXPECT_TRUE(contains(ended.err, "no status and no upgrade")) << ended.err;
+}
+
+TEST_F(Control, SocketIsForTheUserAlone) {
+  const NamedServer one("one");
+  const auto files = std::make_shared<FallbackProxy::Files>();
+  files->write(proxy_toml({{"web", vip, 80, {backend(one)}}}));
+  const std::string directory = files->control() + ".d";
+  FallbackProxy proxy(files, [] { ::umask(0); }, {"--control", directory + "/control.sock"});
+  struct stat made{};
+  ASSERT_EQ(::stat((directory + "/control.sock").c_str(), &made), 0);
+  EXPECT_EQ(made.st_mode, S_IFSOCK | 0600u);
+  ASSERT_EQ(::stat(directory.c_str(), &made), 0);
+  EXPECT_EQ(made.st_mode, S_IFDIR | 0755u);
+}
+
+TEST_F(Control, GarbageIsAnsweredWithAnError) {
+  const NamedServer one("one");
+  FallbackProxy proxy(proxy_toml({{"web", vip, 80, {backend(one)}}}));
+  ControlClient client = connect_to(*proxy.files());
+  for (const object& request :
+       {object{}, object{{"request", "no such"}}, object{{"request", 7}}, object{{"request", "ready"}}}) {
+    const auto answer = client.ask(request);
+    ASSERT_FALSE(answer) << serialize(request);
+    EXPECT_EQ(answer.error().code, -EREMOTEIO) << answer.error().message;
+  }
+  const auto answer = client.ask({{"request", std::string(5000, 'x')}});
+  ASSERT_FALSE(answer);
+  EXPECT_TRUE(contains(answer.error().message, "at most 4096 bytes")) << answer.error().message;
+  const auto after = client.receive();
+  ASSERT_FALSE(after);
+  EXPECT_EQ(after.error().code, -EPIPE) << "the connection has ended";
+
+  ControlClient raw = connect_to(*proxy.files());
+  const Fd socket(raw.release().release());
+  for (const char* text : {"[[[[\n", "{\"request\"\n", "\n", "\xff\xfe\n", "[1]\n"}) {
+    ASSERT_GT(::send(socket.get(), text, std::strlen(text), MSG_NOSIGNAL), 0);
+    char answered[256];
+    ASSERT_GT(::recv(socket.get(), answered, sizeof answered, 0), 0) << text;
+    EXPECT_TRUE(std::string_view(answered).starts_with("{\"error\":")) << text;
+  }
+  EXPECT_EQ(ask(vip, 80), answered_by("one"));
+}
+
+TEST_F(Control, SlowClientsHoldNobodyUp) {
+  const NamedServer one("one");
+  FallbackProxy proxy(proxy_toml({{"web", vip, 80, {backend(one)}}}));
+  std::vector<Fd> slow;
+  for (int i = 0; i < 10; ++i) {
+    slow.emplace_back(connect_to(*proxy.files()).release().release());
+    ASSERT_EQ(::send(slow.back().get(), "{\"requ", 6, 0), 6);
+  }
+  EXPECT_EQ(number(status(*proxy.files()), "pid"), static_cast<std::uint64_t>(proxy.pid()));
+  // More than it serves at a time: those above it are turned away, and the others are still there afterwards.
+  for (int i = 0; i < 40; ++i) slow.emplace_back(connect_to(*proxy.files()).release().release());
+  EXPECT_EQ(ask(vip, 80), answered_by("one"));
+  slow.clear();
+  EXPECT_TRUE(eventually([&] {
+    auto client = ControlClient::connect(proxy.files()->control());
+    return client && *client && (*client)->ask({{"request", "status"}});
+  }));
+}
+
+TEST_F(Control, StatusTellsWhatIsServedAndWhatIsNotAndWhy) {
+  const NamedServer one("one"), drained("drained");
+  FallbackProxy proxy(proxy_toml({{"web", vip, 80, {backend(one, 3), backend(drained, 1, "drain")}},
+                                  {"empty", vip, 81, {backend(drained, 1, "drain")}},
+                                  {"elsewhere", "192.0.2.1", 80, {backend(one)}},
+                                  {"fast", vip, 82, {backend(one)}, "refuse", "engine = \"bpf\"\n"},
+                                  {"dead", vip, 83, {{"127.0.0.1", 1}}}}));
+  ASSERT_EQ(ask(vip, 80), answered_by("one"));
+  ASSERT_EQ(ask(vip, 80), answered_by("one"));
+  ASSERT_EQ(ask(vip, 83), refused_with(ECONNRESET));
+  ASSERT_TRUE(eventually([&] { return number(status(*proxy.files()), "connections") == 0; }));
+
+  const object seen = status(*proxy.files());
+  EXPECT_EQ(number(seen, "pid"), static_cast<std::uint64_t>(proxy.pid()));
+  EXPECT_EQ(number(seen, "threads"), 2u);
+  EXPECT_GT(number(seen, "connection_limit"), 0u);
+  EXPECT_FALSE(seen.at("version").as_string().empty());
+  EXPECT_EQ(seen.at("since").as_string().size(), std::string("2026-01-01T00:00:00Z").size());
+
+  const auto& services = seen.at("services").as_array();
+  ASSERT_EQ(services.size(), 5u);
+  const object& web = services[0].as_object();
+  EXPECT_EQ(web.at("name"), "web");
+  EXPECT_EQ(web.at("vip"), vip);
+  EXPECT_EQ(number(web, "port"), 80u);
+  EXPECT_EQ(web.at("protocol"), "tcp");
+  EXPECT_EQ(web.at("policy"), "random");
+  EXPECT_EQ(web.at("serving"), true);
+  EXPECT_EQ(web.at("reason"), "");
+  EXPECT_EQ(number(web, "refused"), 0u);
+  EXPECT_EQ(number(web, "denied"), 0u);
+  EXPECT_EQ(number(web, "received"), 0u);
+  EXPECT_EQ(number(web, "sent"), 2 * std::string("one").size());
+  const auto& backends = web.at("backends").as_array();
+  ASSERT_EQ(backends.size(), 2u);
+  EXPECT_EQ(backends[0], (object{{"address", "127.0.0.1"},
+                                 {"port", one.port()},
+                                 {"weight", 3},
+                                 {"state", "active"},
+                                 {"marked", false},
+                                 {"live", 0},
+                                 {"connects", 2},
+                                 {"failures", 0}}));
+  EXPECT_EQ(backends[1].at("state"), "drain");
+
+  const auto expect_not_served = [&](std::size_t i, const std::string& why) {
+    EXPECT_EQ(services[i].at("serving"), false);
+    EXPECT_TRUE(contains(std::string(services[i].at("reason").as_string()), why)) << services[i].at("reason");
+  };
+  expect_not_served(1, "no active backend");
+  expect_not_served(2, "binding 192.0.2.1:80: Cannot assign requested address");
+  expect_not_served(3, "wants the engine bpf");
+  const object& dead = services[4].at("backends").as_array()[0].as_object();
+  EXPECT_EQ(number(services[4].as_object(), "refused"), 1u);
+  EXPECT_EQ(number(dead, "failures"), 1u);
+  EXPECT_EQ(dead.at("marked"), true);
+}
+
+TEST_F(Control, StatusIsShownAsATableOrAsJson) {
+  const NamedServer one("one");
+  FallbackProxy proxy(proxy_toml({{"web", vip, 80, {backend(one)}}, {"elsewhere", "192.0.2.1", 80, {backend(one)}}}));
+  const std::string control = proxy.files()->control();
+  const Finished table = fallback_proxy({"--status", "--control", control});
+  EXPECT_EQ(table.exit_code, fine) << table.err;
+  EXPECT_TRUE(contains(table.out, fmt::format("pid {},", proxy.pid()))) << table.out;
+  EXPECT_TRUE(contains(table.out, "web        127.0.1.1:80/tcp  random  yes")) << table.out;
+  EXPECT_TRUE(contains(table.out, "binding 192.0.2.1:80: Cannot assign requested address")) << table.out;
+  EXPECT_TRUE(contains(table.out, fmt::format("127.0.0.1:{}", one.port()))) << table.out;
+
+  const Finished json = fallback_proxy({"--status", "--config", proxy.files()->config(), "--json"});
+  EXPECT_EQ(json.exit_code, fine) << json.err;
+  EXPECT_EQ(boost::json::parse(json.out).at("services").as_array().size(), 2u);
+
+  proxy.terminate();
+  const Finished nobody = fallback_proxy({"--status", "--control", control});
+  EXPECT_EQ(nobody.exit_code, failed);
+  EXPECT_EQ(nobody.out, "");
+  EXPECT_EQ(lines(nobody.err), 1) << nobody.err;
+  EXPECT_EQ(fallback_proxy({"--status", "--control", "relative"}).exit_code, usage);
+}
+
+}  // namespace
