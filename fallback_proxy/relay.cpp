@@ -78,6 +78,19 @@ struct Relay::Woken {
   }
 };
 
+/// The handler of a wait for a reset.
+struct Relay::Failed {
+  Relay* relay;
+  Side side;
+  std::uint16_t generation;
+
+  void operator()(const boost::system::error_code&) const {
+    --relay->waits_;
+    if (relay->legs_[side].generation == generation) relay->failed_after_its_end(side);
+    relay->release_if_closed();
+  }
+};
+
 Relay::Relay(Worker& worker, Accepted accepted)
     : worker_(worker),
       service_(std::move(accepted.service)),
@@ -200,6 +213,17 @@ void Relay::wait_to_write(Side side) {
   leg.socket.async_wait(Descriptor::wait_write, Woken{this, side, true, leg.generation});
 }
 
+/// A side that has said all is not read any more, and may be reset nevertheless.
+void Relay::wait_for_reset(Side side) {
+  Leg& leg = legs_[side];
+  ++waits_;
+  leg.socket.async_wait(Descriptor::wait_error, Failed{this, side, leg.generation});
+}
+
+void Relay::failed_after_its_end(Side side) {
+  if (phase_ == Phase::open && tcp_state(fd(side)) == TCP_CLOSE) reset_when_delivered(other(side));
+}
+
 void Relay::woken(Side side, bool to_write) {
   (to_write ? legs_[side].waits_to_write : legs_[side].waits_to_read) = false;
   switch (phase_) {
@@ -222,6 +246,9 @@ void Relay::expire() {
     case Phase::open:
       if (!is_kept_alive_) {
         keep_alive();
+        for (const Side side : {client, backend_side}) {
+          if (directions_[side].is_finished) wait_for_reset(side);
+        }
         progress();
       } else {
         reset();  // idle, or half closed without progress
@@ -413,6 +440,7 @@ void Relay::finish(Side from) {
   direction.is_finished = true;
   if (directions_[to].is_finished) return close();
   ::shutdown(fd(to), SHUT_WR);
+  if (is_kept_alive_) wait_for_reset(from);  // a young one is given that with its keepalive: most end before
   progress();
 }
 

@@ -98,6 +98,7 @@ class Relay : public Waiting, public Listed {
   };
 
   struct Woken;
+  struct Failed;
 
   Relay(Worker& worker, Accepted accepted);
 
@@ -113,6 +114,8 @@ class Relay : public Waiting, public Listed {
 
   void wait_to_read(Side side);
   void wait_to_write(Side side);
+  void wait_for_reset(Side side);
+  void failed_after_its_end(Side side);
   void woken(Side side, bool to_write);
 
   void pump(Side from);

@@ -150,7 +150,8 @@ TEST(PipesOfAPool, AreMissingWithoutDescriptors) {
 }
 
 TEST(Admissions, AreSoManyAndNoMore) {
-  Admission admission(2);
+  Admission admission(4, 4);  // descriptors: two for each connection
+  EXPECT_EQ(admission.limit(), 2);
   EXPECT_TRUE(admission.take());
   EXPECT_TRUE(admission.take());
   EXPECT_FALSE(admission.take());
@@ -158,13 +159,35 @@ TEST(Admissions, AreSoManyAndNoMore) {
   admission.give_back();
   EXPECT_TRUE(admission.take());
   EXPECT_FALSE(admission.take());
-  admission.change(1);
+}
+
+TEST(Admissions, OfFlowsLeaveRoomForConnections) {
+  Admission admission(4, 2);
+  EXPECT_TRUE(admission.take_flow());
+  EXPECT_TRUE(admission.take_flow());
+  EXPECT_FALSE(admission.take_flow());
   EXPECT_TRUE(admission.take());
+  EXPECT_FALSE(admission.take());
+  admission.give_back_flow();
+  EXPECT_FALSE(admission.take()) << "a flow has one descriptor, a connection two";
+  EXPECT_TRUE(admission.take_flow());
+  admission.give_back();
+  EXPECT_FALSE(admission.take_flow());
+  EXPECT_TRUE(admission.take());
+}
+
+TEST(Admissions, OfFlowsWaitForConnectionsToo) {
+  Admission admission(2, 2);
+  EXPECT_TRUE(admission.take());
+  EXPECT_FALSE(admission.take_flow());
+  admission.give_back();
+  EXPECT_TRUE(admission.take_flow());
+  EXPECT_TRUE(admission.take_flow());
 }
 
 TEST(Admissions, AreNotLostAmongThreads) {
   constexpr int places = 3;
-  Admission admission(places);
+  Admission admission(2 * places, 0);
   std::atomic<int> inside = 0;
   std::atomic<int> most = 0;
   std::vector<std::thread> threads;
