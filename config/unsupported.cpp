@@ -6,16 +6,12 @@ namespace config {
 bool is_unsupported(const Engine& engine, std::string_view key) {
   if (key == "mode") return engine.mode == EngineMode::userspace;
   if (key == "on_exit") return engine.on_exit == OnExit::detach;
-  if (key == "peer_names") return engine.peer_names;
   if (key == "watch") return engine.watch;
   if (key == "control") return true;
   return false;
 }
 
-bool is_unsupported(const Limits&, std::string_view key) {
-  if (key == "flows") return true;
-  return false;
-}
+bool is_unsupported(const Limits&, std::string_view) { return false; }
 
 bool is_unsupported(const Userspace&, std::string_view) { return true; }
 
@@ -25,18 +21,11 @@ bool is_unsupported(const Metrics&, std::string_view key) {
 }
 
 bool is_unsupported(const Service& service, std::string_view key) {
-  if (key == "vip") return service.vip.is_v6();
-  if (key == "protocol") return service.protocol == Protocol::udp;
-  if (key == "policy") return service.policy != Policy::random;
-  if (key == "affinity") return true;
-  if (key == "client") return service.client != Client::cgroup;
   if (key == "panic") return service.panic;
-  if (key == "mark") return service.mark != 0;
   if (key == "proxy_protocol") return service.proxy_protocol != ProxyProtocol::none;
   if (key == "engine") return service.engine == EngineMode::userspace;
   if (key == "health") return true;
   if (key == "eject") return true;
-  if (key == "on_remove") return service.on_remove == OnRemove::reset;
   return false;
 }
 

@@ -130,6 +130,7 @@ config::Config some_services(std::minstd_rand& random) {
     service.vip = boost::asio::ip::make_address_v4(vip_of(i));
     service.port = port_of(i);
     service.protocol = config::Protocol::udp;
+    service.on_remove = config::OnRemove::keep;  // ending sockets takes longer than publishing
     service.backends = some_backends(i, random);
     config.services.push_back(std::move(service));
   }

@@ -499,10 +499,8 @@ TEST(ReadConfig, RefusesWhatThisVersionDoesNotSupport) {
   for (const auto& [line, key] : std::initializer_list<std::pair<int, std::string>>{
            {2, "engine.mode"},
            {5, "engine.on_exit"},
-           {6, "engine.peer_names"},
            {7, "engine.watch"},
            {8, "engine.control"},
-           {12, "limits.flows"},
            {14, "userspace.threads"},
            {15, "userspace.connect_timeout"},
            {16, "userspace.idle_timeout"},
@@ -511,18 +509,11 @@ TEST(ReadConfig, RefusesWhatThisVersionDoesNotSupport) {
            {19, "userspace.local_vips"},
            {20, "userspace.allow_from"},
            {22, "metrics.listen"},
-           {25, label + "vip"},
-           {27, label + "protocol"},
-           {28, label + "policy"},
-           {29, label + "affinity"},
-           {30, label + "client"},
            {31, label + "panic"},
-           {32, label + "mark"},
            {33, label + "proxy_protocol"},
            {35, label + "engine"},
            {36, label + "health"},
            {37, label + "eject"},
-           {38, label + "on_remove"},
        })
     refused(line, key);
   EXPECT_EQ(mistakes_of(every_key), expected);
