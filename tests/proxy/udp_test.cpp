@@ -592,12 +592,15 @@ TEST_F(Udp, AnUpgradeLosesNeitherQuestionsNorAnswers) {
 
 TEST_F(Udp, NoFlowBeginsDuringTheEnd) {
   const UdpSocket server;
-  FallbackProxy proxy(proxy_toml({udp({server.backend()})}));
+  const NamedServer tcp("tcp");
+  const Service sign{"sign", "127.0.1.2", 80, {backend(tcp)}};
+  FallbackProxy proxy(proxy_toml({udp({server.backend()}), sign}, {.threads = 1}));
   const UdpSocket client;
   client.send_to(vip, port, "?");
   const Datagram question = server.receive();
   proxy.signal(SIGTERM);
-  proxy.wait_for_log("accepting nothing more");
+  // They stop in the order of their VIPs.
+  EXPECT_TRUE(eventually([&] { return dial_errno(sign.vip, sign.port) == ECONNREFUSED; }));
   const UdpSocket late;
   late.send_to(vip, port, "too late");
   client.send_to(vip, port, "go on");
