@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
 //
-// The fast path: rewrites the destination of connect() from a service's VIP to one of its backends. It runs inside the
-// system call of the application; the connection that follows is an ordinary one, and nothing of ours is in its way.
+// The fast path: rewrites the destination of connect() and of sendmsg() from a service's VIP to one of its backends, and
+// the addresses that the application is shown back. It runs inside the system calls of the application; a connection is an
+// ordinary one, and nothing of ours is in its way.
 //
 // It needs no BTF of the running kernel and no loop: CAP_BPF and CAP_NET_ADMIN are enough to load it.
 #include <linux/bpf.h>
@@ -12,11 +13,16 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "balance/hash.h"
 #include "map_layout.h"
 
 // errno values: <errno.h> is not for BPF programs.
 #define ECONNREFUSED 111
 #define EHOSTUNREACH 113
+
+// <sys/socket.h> is not for BPF programs either.
+#define SOL_SOCKET 1
+#define SO_MARK 36
 
 // A reader that meets a reused element of Service_Map looks again. The element of a stable service is never reused, so
 // only connects to services that are being removed and added back come here, and one more look is nearly always enough.
@@ -34,11 +40,26 @@
 // Set by the loader before the program is verified. Branches on them are resolved by the verifier, so that a kernel never
 // sees a call to a helper which it lacks.
 const volatile __u32 can_set_errno = 0;
+const volatile __u32 can_mark = 0;
+const volatile __u32 can_netns_cookie = 0;
+const volatile __u32 can_cgroup_id = 0;
+const volatile __u32 can_events = 0;
+const volatile __u32 can_comm = 0;
+const volatile __u32 has_udp = 0; // whether there are UDP services
+const volatile __u32 filter_mask = 0; // bits of Filter_Map - 1
 const volatile __u32 stats_shard_mask = 0; // shards - 1
 const volatile __u32 stats_per_shard = 0;
 const volatile __u32 stats_backends = 0; // index of backend 0 within a shard
 
 // max_entries of 1 stands for "set by the loader", which sizes them from the configuration.
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} Filter_Map SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH); // preallocated: an insert fails only when the map is full
 	__uint(max_entries, 1);
@@ -86,7 +107,33 @@ struct {
 	__type(value, struct meta_record);
 } Meta_Map SEC(".maps");
 
-// What the program decides about one connect().
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct session);
+} Session_Map SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct flows);
+} Flow_Map SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1);
+	__type(key, struct affinity_key);
+	__type(value, struct affinity);
+} Affinity_Map SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+} Event_Ring SEC(".maps");
+
+// What the program decides about one connect() or one datagram.
 enum verdict {
 	PASS,        // no VIP of ours, or a protocol that we do not serve: untouched
 	REWRITTEN,   // goes to a backend
@@ -103,6 +150,16 @@ struct service {
 	__u32 slots;
 };
 
+// What came of looking for a backend. Filled as far as the verdict needs.
+struct decision {
+	struct service service;
+	__u32 backend; // index in Backend_Map
+	__u32 flags;   // BLOCK_*
+	__u32 mark;
+	__u32 reason;       // enum event_reason
+	struct backend_record *record;
+};
+
 static __always_inline struct counters *counters_at(__u32 index)
 {
 	__u32 shard = bpf_get_smp_processor_id() & stats_shard_mask;
@@ -111,10 +168,41 @@ static __always_inline struct counters *counters_at(__u32 index)
 	return bpf_map_lookup_elem(&Stats_Map, &i);
 }
 
+static __always_inline void count_connect(__u32 index)
+{
+	struct counters *counters = counters_at(index);
+	if (counters)
+		__sync_fetch_and_add(&counters->connects, 1);
+}
+
+static __always_inline void count_reversed(__u32 index)
+{
+	struct counters *counters = counters_at(index);
+	if (counters)
+		__sync_fetch_and_add(&counters->reversed, 1);
+}
+
+// Nearly every connect() of a host is to an address which is none of ours. It pays for one bit.
+static __always_inline bool may_be_vip(const __be32 address[4])
+{
+	__u32 bit = vip_hash(address) & filter_mask;
+	__u32 index = bit / 64;
+	__u64 *word = bpf_map_lookup_elem(&Filter_Map, &index);
+
+	return word && *(volatile __u64 *)word >> (bit % 64) & 1;
+}
+
 static __always_inline bool same_key(const struct service_key *a, const struct service_key *b)
 {
 	return a->address[0] == b->address[0] && a->address[1] == b->address[1] && a->address[2] == b->address[2] &&
 	       a->address[3] == b->address[3] && a->port == b->port && a->protocol == b->protocol;
+}
+
+// The same without a branch for each member: in a loop, those would multiply for the verifier.
+static __always_inline __u32 differs(const struct service_key *a, const struct service_key *b)
+{
+	return (a->address[0] ^ b->address[0]) | (a->address[1] ^ b->address[1]) | (a->address[2] ^ b->address[2]) |
+	       (a->address[3] ^ b->address[3]) | (a->port ^ b->port) | (a->protocol ^ b->protocol);
 }
 
 // One look for the service that has exactly this key. PASS: there is none.
@@ -169,22 +257,131 @@ static __always_inline enum verdict check_vip(const struct service_key *key)
 	return bpf_map_lookup_elem(&Service_Map, &marker) ? NO_SERVICE : PASS;
 }
 
-// One draw chooses column and side of the alias table: the high word of draw * columns is the column, the low word a
-// uniform position in it.
-static __always_inline struct backend_record *choose_backend(const struct service *service, __u32 *index)
+// Who asks, for policies that give one client one backend.
+static __always_inline __u64 client_of(struct bpf_sock_addr *ctx, __u32 client)
 {
-	__u64 draw = (__u64)bpf_get_prandom_u32() * service->slots;
-	__u32 at = service->header + 1 + (__u32)(draw >> 32);
+	if (client == CLIENT_NETNS && can_netns_cookie)
+		return bpf_get_netns_cookie(ctx);
+	if (client == CLIENT_CGROUP && can_cgroup_id)
+		return bpf_get_current_cgroup_id();
+	return bpf_get_socket_cookie(ctx);
+}
 
+static __always_inline bool load_slot(const struct service *service, __u32 slot, struct slot *out)
+{
+	__u32 at = service->header + 1 + slot;
 	union block_entry *entry = bpf_map_lookup_elem(&Slot_Map, &at);
 	if (!entry)
-		return NULL;
-	// Two loads, not one through a pointer that is chosen first: for that, the verifier asks for CAP_PERFMON.
-	*index = *(volatile __u32 *)&entry->slot.backend;
-	if ((__u32)draw >= entry->slot.threshold)
-		*index = *(volatile __u32 *)&entry->slot.alias;
-	WIDEN_WINDOW();
-	return bpf_map_lookup_elem(&Backend_Map, index);
+		return false; // cannot be: words name blocks inside the map
+	*out = entry->slot;
+	return true;
+}
+
+// One draw chooses column and side of the alias table: the high word of draw * columns is the column, the low word a
+// uniform position in it.
+static __always_inline __u32 draw(const struct service *service, struct slot *slot)
+{
+	__u64 product = (__u64)bpf_get_prandom_u32() * service->slots;
+
+	if (!load_slot(service, product >> 32, slot))
+		return 0;
+	return (__u32)product < slot->threshold ? slot->backend : slot->alias;
+}
+
+// The turn is read and then added to, not fetched by one atomic step, which kernels before 5.12 lack: two connects at
+// the very same moment may take the same turn.
+static __always_inline __u32 take_turn(const struct service *service)
+{
+	struct slot slot = {};
+	struct service_record *record = bpf_map_lookup_elem(&Record_Map, &service->record);
+	if (!record)
+		return 0; // cannot be: the record was just read
+	__u32 turn = *(volatile __u32 *)&record->turn;
+	__sync_fetch_and_add(&record->turn, 1);
+	load_slot(service, turn % service->slots, &slot);
+	return slot.backend;
+}
+
+// Below 0 for a moment while counts move to new maps.
+static __always_inline __u32 read_live(const struct backend_record *backend)
+{
+	__s32 live = *(volatile __s32 *)&backend->live;
+
+	return live < 0 ? 0 : live;
+}
+
+// Two different backends, the first by weight: the second is taken only when it has fewer live connections for its
+// weight. So idle backends are chosen by weight, and of two backends the less loaded one always.
+static __always_inline __u32 choose_less_loaded(const struct service *service)
+{
+	struct slot slot = {};
+	__u32 first = draw(service, &slot);
+	if (service->slots < 2)
+		return first;
+
+	__u32 column = ((__u64)bpf_get_prandom_u32() * service->slots) >> 32;
+	if (!load_slot(service, column, &slot))
+		return first;
+	if (slot.backend == first) {
+		column = column + 1 < service->slots ? column + 1 : 0;
+		if (!load_slot(service, column, &slot))
+			return first;
+	}
+	__u32 second = slot.backend;
+	struct backend_record *a = bpf_map_lookup_elem(&Backend_Map, &first);
+	struct backend_record *b = bpf_map_lookup_elem(&Backend_Map, &second);
+	if (!a || !b)
+		return first; // cannot be: slots name backends inside the map
+	__u64 a_load = (__u64)read_live(a) * b->weight;
+	__u64 b_load = (__u64)read_live(b) * a->weight;
+
+	return b_load < a_load ? second : first;
+}
+
+static __always_inline __u32 apply_policy(const struct service *service, __u32 policy, __u64 client)
+{
+	struct slot slot = {};
+
+	if (policy == POLICY_ROUND_ROBIN)
+		return take_turn(service);
+	if (policy == POLICY_LEAST_CONN)
+		return choose_less_loaded(service);
+	if (policy == POLICY_MAGLEV) {
+		load_slot(service, hash_slot(hash_mix(client), service->slots), &slot);
+		return slot.backend;
+	}
+	return draw(service, &slot);
+}
+
+// The backend that the client had before, unless it has left, drains, or the time is over.
+static __always_inline bool recall(const struct affinity_key *key, const struct block_header *header, __u32 *index)
+{
+	struct affinity *affinity = bpf_map_lookup_elem(&Affinity_Map, key);
+	if (!affinity)
+		return false;
+
+	// The element may be reused for another client at any moment: the copy is judged by the key in it.
+	struct affinity copy = *affinity;
+	__u64 now = bpf_ktime_get_ns();
+	if (copy.key.client != key->client || copy.key.record != key->record || now >= copy.expires)
+		return false;
+	struct backend_record *backend = bpf_map_lookup_elem(&Backend_Map, &copy.backend);
+	if (!backend || backend->record != key->record || backend->state != BACKEND_ACTIVE)
+		return false;
+	affinity->expires = now + (__u64)header->affinity * AFFINITY_UNIT_MS * 1000000;
+	*index = copy.backend;
+	return true;
+}
+
+static __always_inline void remember(const struct affinity_key *key, const struct block_header *header, __u32 index)
+{
+	struct affinity affinity = {
+		.key = *key,
+		.expires = bpf_ktime_get_ns() + (__u64)header->affinity * AFFINITY_UNIT_MS * 1000000,
+		.backend = index,
+	};
+
+	bpf_map_update_elem(&Affinity_Map, key, &affinity, BPF_ANY);
 }
 
 static __always_inline enum verdict refuse(const struct service *service, const struct block_header *header)
@@ -198,33 +395,38 @@ static __always_inline enum verdict refuse(const struct service *service, const 
 	return header->no_backend == NO_BACKEND_UNREACHABLE ? NO_BACKEND_UNREACHED : NO_BACKEND_REFUSED;
 }
 
-// Fills `backend` when the verdict is REWRITTEN.
-static __always_inline enum verdict decide(const struct service_key *key, struct backend_record **backend)
+// Chooses a backend of the service that find_service() has found.
+static __always_inline enum verdict choose(struct bpf_sock_addr *ctx, struct decision *decision)
 {
-	struct service service = {};
-	enum verdict verdict = find_service(key, &service);
-	if (verdict == PASS)
-		return check_vip(key);
-	if (verdict == CONTENDED)
-		return CONTENDED;
-
-	union block_entry *block = bpf_map_lookup_elem(&Slot_Map, &service.header);
+	const struct service *service = &decision->service;
+	union block_entry *block = bpf_map_lookup_elem(&Slot_Map, &service->header);
 	if (!block)
 		return PASS; // cannot be: words name blocks inside the map
-	if (!service.slots)
-		return refuse(&service, &block->header);
+	const struct block_header *header = &block->header;
+	if (!service->slots)
+		return refuse(service, header);
 
-	__u32 index = 0;
-	*backend = choose_backend(&service, &index);
-	if (!*backend)
+	struct affinity_key key = {.record = service->record};
+	decision->reason = REASON_POLICY;
+	decision->flags = header->flags;
+	decision->mark = header->mark;
+	if (header->affinity || header->policy == POLICY_MAGLEV)
+		key.client = client_of(ctx, header->client);
+	if (!header->affinity) {
+		decision->backend = apply_policy(service, header->policy, key.client);
+	} else if (recall(&key, header, &decision->backend)) {
+		decision->reason = REASON_AFFINITY;
+	} else {
+		decision->backend = apply_policy(service, header->policy, key.client);
+		remember(&key, header, decision->backend);
+	}
+	WIDEN_WINDOW();
+	decision->record = bpf_map_lookup_elem(&Backend_Map, &decision->backend);
+	if (!decision->record)
 		return PASS; // cannot be: slots name backends inside the map
 
-	struct counters *counters = counters_at(service.record);
-	if (counters)
-		__sync_fetch_and_add(&counters->connects, 1);
-	counters = counters_at(stats_backends + index);
-	if (counters)
-		__sync_fetch_and_add(&counters->connects, 1);
+	count_connect(service->record);
+	count_connect(stats_backends + decision->backend);
 	return REWRITTEN;
 }
 
@@ -239,24 +441,455 @@ static __always_inline int answer(enum verdict verdict)
 	return 0;
 }
 
+// Tells whoever listens. Nobody does, nearly always: that costs one load.
+static __always_inline void tell(struct bpf_sock_addr *ctx, const struct service_key *key,
+				 const struct decision *decision, enum verdict verdict)
+{
+	__u32 first = 0;
+
+	if (!can_events)
+		return;
+	struct meta_record *meta = bpf_map_lookup_elem(&Meta_Map, &first);
+	if (!meta || !meta->events_until)
+		return;
+	__u64 now = bpf_ktime_get_ns();
+	if (now >= meta->events_until)
+		return;
+	struct event *event = bpf_ringbuf_reserve(&Event_Ring, sizeof(*event), 0);
+	if (!event)
+		return; // whoever listens is too slow
+	__builtin_memset(event, 0, sizeof(*event));
+	event->time = now;
+	event->cookie = bpf_get_socket_cookie(ctx);
+	event->cgroup = bpf_get_current_cgroup_id();
+	event->pid = bpf_get_current_pid_tgid() >> 32;
+	if (can_comm)
+		bpf_get_current_comm(event->comm, sizeof(event->comm));
+	event->asked = *key;
+	event->reason = decision->reason;
+	event->verdict = EVENT_PASS;
+	if (verdict == REWRITTEN)
+		event->verdict = EVENT_REWRITTEN;
+	else if (verdict == NO_SERVICE)
+		event->verdict = EVENT_NO_SERVICE;
+	else if (verdict == CONTENDED)
+		event->verdict = EVENT_CONTENDED;
+	else if (verdict != PASS)
+		event->verdict = EVENT_NO_BACKEND;
+	if (verdict != PASS && verdict != REWRITTEN)
+		event->error = verdict == NO_BACKEND_UNREACHED ? EHOSTUNREACH : ECONNREFUSED;
+	if (verdict == REWRITTEN && decision->record) {
+		__builtin_memcpy(event->backend, decision->record->address, sizeof(event->backend));
+		event->backend_port = decision->record->port;
+	}
+	if (verdict != NO_SERVICE && verdict != CONTENDED) {
+		struct service_record *record = bpf_map_lookup_elem(&Record_Map, &decision->service.record);
+		if (record)
+			__builtin_memcpy(event->service, record->name, sizeof(event->service));
+	}
+	bpf_ringbuf_submit(event, 0);
+}
+
+// The socket no longer counts at its backend. Whoever comes second finds nothing to do.
+static __always_inline void give_back(struct session *session)
+{
+	bpf_spin_lock(&session->lock);
+	__u32 counted = session->counted;
+	session->counted = 0;
+	bpf_spin_unlock(&session->lock);
+	if (!counted)
+		return;
+
+	__u32 index = session->backend;
+	struct backend_record *backend = bpf_map_lookup_elem(&Backend_Map, &index);
+	if (backend)
+		__sync_fetch_and_add(&backend->live, -1);
+}
+
+// A new connect() makes the socket what it was before the last one.
+static __always_inline void end_session(struct bpf_sock_addr *ctx, struct session *session)
+{
+	if (!session->asked.protocol)
+		return;
+	give_back(session);
+	session->asked.protocol = 0;
+	if (can_mark && session->flags & BLOCK_MARK) {
+		__u32 mark = session->mark_before;
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
+	}
+}
+
+static __always_inline void begin_session(struct bpf_sock_addr *ctx, const struct service_key *key,
+					  const struct decision *decision)
+{
+	struct backend_record *backend = decision->record;
+	struct session *session = bpf_sk_storage_get(&Session_Map, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!session || !backend)
+		return; // no memory: the connection works, but getpeername() shows the backend
+	__builtin_memcpy(session->address, backend->address, sizeof(session->address));
+	session->port = backend->port;
+	session->backend = decision->backend;
+	session->record = decision->service.record;
+	session->flags = decision->flags;
+	if (can_mark && decision->flags & BLOCK_MARK) {
+		__u32 mark = decision->mark;
+		session->mark_before = ctx->sk->mark;
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
+	}
+	// No lock: nobody else can know of this session yet, or has a socket to end.
+	__sync_fetch_and_add(&backend->live, 1);
+	session->counted = 1;
+	session->asked = *key;
+}
+
+// connect(), both families: where the socket is to go is in `decision->record` when the verdict is REWRITTEN.
+static __always_inline enum verdict decide_connect(struct bpf_sock_addr *ctx, const struct service_key *key,
+						   struct decision *decision)
+{
+	struct session *session = bpf_sk_storage_get(&Session_Map, ctx->sk, NULL, 0);
+	if (session)
+		end_session(ctx, session);
+	if (!may_be_vip(key->address))
+		return PASS;
+
+	enum verdict verdict = find_service(key, &decision->service);
+	if (verdict == PASS) {
+		verdict = check_vip(key);
+		if (verdict == PASS)
+			return PASS;
+	}
+	if (verdict == REWRITTEN)
+		verdict = choose(ctx, decision);
+	if (verdict == REWRITTEN && decision->flags & BLOCK_SESSION)
+		begin_session(ctx, key, decision);
+	tell(ctx, key, decision, verdict);
+	return verdict;
+}
+
+// Whether the backend that a socket was given is still one of the service's that takes what is sent.
+static __always_inline struct backend_record *still_serves(__u32 index, __u32 record, const __be32 address[4],
+							   __be16 port)
+{
+	struct backend_record *backend = bpf_map_lookup_elem(&Backend_Map, &index);
+	if (!backend || backend->record != record || backend->port != port || backend->address[0] != address[0] ||
+	    backend->address[1] != address[1] || backend->address[2] != address[2] || backend->address[3] != address[3])
+		return NULL;
+	return backend->state == BACKEND_ACTIVE || backend->state == BACKEND_DRAIN ? backend : NULL;
+}
+
+// Hides from the compiler where a pointer comes from. Otherwise it makes one address of several that differ by a constant,
+// and adds what it has chosen: for that, the verifier asks for CAP_PERFMON.
+#define OPAQUE(pointer_) asm volatile("" : "+r"(pointer_))
+
+// What the socket has sent to this VIP before went to a backend, and what it sends now goes there, too.
+static __always_inline bool recall_flow(const struct flows *flows, const struct service_key *key,
+					struct decision *decision, __u32 *place)
+{
+	struct flow found = {};
+
+#pragma clang loop unroll(full)
+	for (__u32 i = 0; i < FLOWS; i++) {
+		const struct flow *flow = &flows->flow[i];
+		OPAQUE(flow);
+		if (differs(&flow->asked, key))
+			continue;
+		found = *flow;
+		*place = i;
+	}
+	if (*place == FLOWS)
+		return false;
+	if (found.record == decision->service.record)
+		decision->record = still_serves(found.backend, found.record, found.address, found.port);
+	decision->backend = found.backend;
+	return true;
+}
+
+static __always_inline void keep_flow(struct flows *flows, const struct service_key *key,
+				      const struct decision *decision, __u32 place)
+{
+	struct backend_record *backend = decision->record;
+
+	// The place is compared rather than used as an index, for the same reason.
+#pragma clang loop unroll(full)
+	for (__u32 i = 0; i < FLOWS; i++) {
+		struct flow *flow = &flows->flow[i];
+		OPAQUE(flow);
+		if (i != place || !backend)
+			continue;
+		flow->asked = *key;
+		flow->record = decision->service.record;
+		__builtin_memcpy(flow->address, backend->address, sizeof(flow->address));
+		flow->port = backend->port;
+		flow->backend = decision->backend;
+	}
+}
+
+// A datagram with a destination: as decide_connect(), but the socket stays what it is.
+static __always_inline enum verdict decide_send(struct bpf_sock_addr *ctx, const struct service_key *key,
+						struct decision *decision)
+{
+	if (!may_be_vip(key->address))
+		return PASS;
+	enum verdict verdict = find_service(key, &decision->service);
+	if (verdict == PASS) {
+		verdict = check_vip(key);
+		if (verdict != PASS)
+			tell(ctx, key, decision, verdict);
+		return verdict;
+	}
+	if (verdict != REWRITTEN || !has_udp) {
+		tell(ctx, key, decision, verdict);
+		return verdict;
+	}
+
+	// sendto() on a connected socket: from another backend it would get no reply.
+	struct session *session = bpf_sk_storage_get(&Session_Map, ctx->sk, NULL, 0);
+	if (session && same_key(&session->asked, key) && session->record == decision->service.record) {
+		decision->record = still_serves(session->backend, session->record, session->address, session->port);
+		if (decision->record)
+			return REWRITTEN;
+	}
+	__u32 place = FLOWS;
+	struct flows *flows = bpf_sk_storage_get(&Flow_Map, ctx->sk, NULL, 0);
+	if (flows && recall_flow(flows, key, decision, &place) && decision->record)
+		return REWRITTEN;
+
+	verdict = choose(ctx, decision);
+	if (verdict == REWRITTEN) {
+		if (!flows)
+			flows = bpf_sk_storage_get(&Flow_Map, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+		if (flows) {
+			if (place == FLOWS)
+				place = flows->next++ % FLOWS;
+			keep_flow(flows, key, decision, place);
+		}
+	}
+	tell(ctx, key, decision, verdict);
+	return verdict;
+}
+
+static __always_inline bool same_endpoint(const __be32 a[4], __be16 a_port, const __be32 b[4], __be16 b_port)
+{
+	return a_port == b_port && a[3] == b[3] && a[2] == b[2] && a[1] == b[1] && a[0] == b[0];
+}
+
+// What the socket's peer is called: the VIP, if it is connected to the backend that this stood for.
+static __always_inline bool name_peer(struct bpf_sock_addr *ctx, const struct service_key *peer, __u32 flags,
+				      struct service_key *asked)
+{
+	struct session *session = bpf_sk_storage_get(&Session_Map, ctx->sk, NULL, 0);
+	if (!session || !session->asked.protocol || (session->flags & flags) != flags ||
+	    !same_endpoint(session->address, session->port, peer->address, peer->port))
+		return false;
+	*asked = session->asked;
+	count_reversed(session->record);
+	count_reversed(stats_backends + session->backend);
+	return true;
+}
+
+// Who has sent a datagram: of two VIPs that share a backend, nobody could tell which one was meant.
+static __always_inline bool name_sender(struct bpf_sock_addr *ctx, const struct service_key *sender,
+					struct service_key *asked)
+{
+	if (name_peer(ctx, sender, 0, asked))
+		return true;
+	struct flows *flows = bpf_sk_storage_get(&Flow_Map, ctx->sk, NULL, 0);
+	if (!flows)
+		return false;
+
+	struct flow found = {};
+#pragma clang loop unroll(full)
+	for (__u32 i = 0; i < FLOWS; i++) {
+		const struct flow *flow = &flows->flow[i];
+		OPAQUE(flow);
+		if ((flow->address[0] ^ sender->address[0]) | (flow->address[1] ^ sender->address[1]) |
+		    (flow->address[2] ^ sender->address[2]) | (flow->address[3] ^ sender->address[3]) |
+		    (flow->port ^ sender->port))
+			continue;
+		found = *flow;
+	}
+	if (!found.asked.protocol)
+		return false;
+	*asked = found.asked;
+	count_reversed(found.record);
+	count_reversed(stats_backends + found.backend);
+	return true;
+}
+
+static __always_inline bool is_served(const struct bpf_sock_addr *ctx)
+{
+	return ctx->protocol == IPPROTO_TCP || ctx->protocol == IPPROTO_UDP;
+}
+
+static __always_inline void read_v4(const struct bpf_sock_addr *ctx, struct service_key *key)
+{
+	key->address[0] = 0;
+	key->address[1] = 0;
+	key->address[2] = bpf_htonl(0xffff);
+	key->address[3] = ctx->user_ip4;
+	key->port = (__be16)ctx->user_port;
+	key->protocol = (__u8)ctx->protocol;
+	key->zero = 0;
+}
+
+// Also of an IPv6 socket with an IPv4 destination: that is written as v4-mapped, here as in our keys.
+static __always_inline void read_v6(const struct bpf_sock_addr *ctx, struct service_key *key)
+{
+	key->address[0] = ctx->user_ip6[0];
+	key->address[1] = ctx->user_ip6[1];
+	key->address[2] = ctx->user_ip6[2];
+	key->address[3] = ctx->user_ip6[3];
+	key->port = (__be16)ctx->user_port;
+	key->protocol = (__u8)ctx->protocol;
+	key->zero = 0;
+}
+
+static __always_inline void write_v4(struct bpf_sock_addr *ctx, const __be32 address[4], __be16 port)
+{
+	ctx->user_ip4 = address[3];
+	ctx->user_port = port;
+}
+
+static __always_inline void write_v6(struct bpf_sock_addr *ctx, const __be32 address[4], __be16 port)
+{
+	ctx->user_ip6[0] = address[0];
+	ctx->user_ip6[1] = address[1];
+	ctx->user_ip6[2] = address[2];
+	ctx->user_ip6[3] = address[3];
+	ctx->user_port = port;
+}
+
 SEC("cgroup/connect4")
 int sock4_connect(struct bpf_sock_addr *ctx)
 {
-	if (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP)
-		return 1;
+	struct service_key key;
+	struct decision decision = {};
 
-	struct service_key key = {
-		.address = {0, 0, bpf_htonl(0xffff), ctx->user_ip4},
-		.port = (__be16)ctx->user_port,
-		.protocol = (__u8)ctx->protocol,
-	};
-	struct backend_record *backend = NULL;
-	enum verdict verdict = decide(&key, &backend);
-	if (verdict == REWRITTEN && backend) {
-		ctx->user_ip4 = backend->address[3];
-		ctx->user_port = backend->port;
-	}
+	if (!is_served(ctx))
+		return 1;
+	read_v4(ctx, &key);
+	enum verdict verdict = decide_connect(ctx, &key, &decision);
+	if (verdict == REWRITTEN && decision.record)
+		write_v4(ctx, decision.record->address, decision.record->port);
 	return answer(verdict);
+}
+
+SEC("cgroup/connect6")
+int sock6_connect(struct bpf_sock_addr *ctx)
+{
+	struct service_key key;
+	struct decision decision = {};
+
+	if (!is_served(ctx))
+		return 1;
+	read_v6(ctx, &key);
+	enum verdict verdict = decide_connect(ctx, &key, &decision);
+	if (verdict == REWRITTEN && decision.record)
+		write_v6(ctx, decision.record->address, decision.record->port);
+	return answer(verdict);
+}
+
+SEC("cgroup/sendmsg4")
+int sock4_sendmsg(struct bpf_sock_addr *ctx)
+{
+	struct service_key key;
+	struct decision decision = {};
+
+	if (!is_served(ctx))
+		return 1;
+	read_v4(ctx, &key);
+	enum verdict verdict = decide_send(ctx, &key, &decision);
+	if (verdict == REWRITTEN && decision.record)
+		write_v4(ctx, decision.record->address, decision.record->port);
+	return answer(verdict);
+}
+
+SEC("cgroup/sendmsg6")
+int sock6_sendmsg(struct bpf_sock_addr *ctx)
+{
+	struct service_key key;
+	struct decision decision = {};
+
+	if (!is_served(ctx))
+		return 1;
+	read_v6(ctx, &key);
+	enum verdict verdict = decide_send(ctx, &key, &decision);
+	if (verdict == REWRITTEN && decision.record)
+		write_v6(ctx, decision.record->address, decision.record->port);
+	return answer(verdict);
+}
+
+SEC("cgroup/recvmsg4")
+int sock4_recvmsg(struct bpf_sock_addr *ctx)
+{
+	struct service_key sender, asked;
+
+	read_v4(ctx, &sender);
+	if (name_sender(ctx, &sender, &asked))
+		write_v4(ctx, asked.address, asked.port);
+	return 1;
+}
+
+SEC("cgroup/recvmsg6")
+int sock6_recvmsg(struct bpf_sock_addr *ctx)
+{
+	struct service_key sender, asked;
+
+	read_v6(ctx, &sender);
+	if (name_sender(ctx, &sender, &asked))
+		write_v6(ctx, asked.address, asked.port);
+	return 1;
+}
+
+SEC("cgroup/getpeername4")
+int sock4_getpeer(struct bpf_sock_addr *ctx)
+{
+	struct service_key peer, asked;
+
+	read_v4(ctx, &peer);
+	if (name_peer(ctx, &peer, BLOCK_NAMED, &asked))
+		write_v4(ctx, asked.address, asked.port);
+	return 1;
+}
+
+SEC("cgroup/getpeername6")
+int sock6_getpeer(struct bpf_sock_addr *ctx)
+{
+	struct service_key peer, asked;
+
+	read_v6(ctx, &peer);
+	if (name_peer(ctx, &peer, BLOCK_NAMED, &asked))
+		write_v6(ctx, asked.address, asked.port);
+	return 1;
+}
+
+SEC("cgroup/sock_release")
+int sock_release(struct bpf_sock *sk)
+{
+	struct session *session = bpf_sk_storage_get(&Session_Map, sk, NULL, 0);
+
+	if (session)
+		give_back(session);
+	return 1;
+}
+
+// The fate of a connection that was rewritten: no hook above runs when it fails or is torn down.
+SEC("sockops")
+int sock_ops(struct bpf_sock_ops *ctx)
+{
+	if (ctx->op != BPF_SOCK_OPS_TCP_CONNECT_CB && ctx->op != BPF_SOCK_OPS_STATE_CB)
+		return 1;
+	struct bpf_sock *sk = ctx->sk;
+	if (!sk)
+		return 1;
+	struct session *session = bpf_sk_storage_get(&Session_Map, sk, NULL, 0);
+	if (!session || !session->counted)
+		return 1;
+	if (ctx->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	else if (ctx->args[1] == BPF_TCP_CLOSE)
+		give_back(session);
+	return 1;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

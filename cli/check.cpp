@@ -50,6 +50,20 @@ std::vector<config::Mistake> mistakes_in(const Plugin& plugin, std::string_view 
   return mistakes;
 }
 
+std::vector<std::string> warnings_about(std::string_view text, const std::string& name) {
+  std::vector<std::string> warnings;
+  const auto config = config::read_config(text);
+  if (!config) return warnings;
+  for (const auto& service : config->services) {
+    if (service.mark == 0) continue;
+    warnings.push_back(fmt::format(
+        "{}:{}:{}: warning: service \"{}\": mark: what a rule for this mark keeps from a sidecar also bypasses "
+        "its mTLS, authorization and telemetry",
+        config::printable(name), service.position.line, service.position.column, config::printable(service.name)));
+  }
+  return warnings;
+}
+
 void show(const std::vector<config::Mistake>& mistakes, std::string_view text, const std::string& name) {
   for (const config::Mistake& mistake : mistakes) {
     std::string shown = config::render(mistake, text, name);
@@ -58,14 +72,18 @@ void show(const std::vector<config::Mistake>& mistakes, std::string_view text, c
   }
 }
 
-boost::json::object to_json(const std::vector<config::Mistake>& mistakes, const std::string& name) {
+boost::json::object to_json(const std::vector<config::Mistake>& mistakes, const std::vector<std::string>& warnings,
+                            const std::string& name) {
   boost::json::array list;
   for (const config::Mistake& mistake : mistakes) {
     list.push_back({{"line", mistake.position.line},
                     {"column", mistake.position.column},
                     {"message", config::printable(mistake.message)}});
   }
-  return {{"file", config::printable(name)}, {"valid", mistakes.empty()}, {"mistakes", std::move(list)}};
+  return {{"file", config::printable(name)},
+          {"valid", mistakes.empty()},
+          {"mistakes", std::move(list)},
+          {"warnings", boost::json::value_from(warnings)}};
 }
 
 Outcome run(const Plugin& plugin, const Given& given) {
@@ -83,9 +101,11 @@ Outcome run(const Plugin& plugin, const Given& given) {
   }
 
   const auto mistakes = mistakes_in(plugin, text, name);
+  const auto warnings = warnings_about(text, name);
   if (given.options["json"].as<bool>()) {
-    fmt::print("{}\n", boost::json::serialize(to_json(mistakes, name)));
+    fmt::print("{}\n", boost::json::serialize(to_json(mistakes, warnings, name)));
   } else if (mistakes.empty()) {
+    for (const std::string& warning : warnings) fmt::print(stderr, "{}\n", warning);
     fmt::print("{}: valid\n", config::printable(name));
   } else {
     show(mistakes, text, name);
@@ -98,6 +118,7 @@ Outcome run(const Plugin& plugin, const Given& given) {
 bool check_text(const Plugin& plugin, std::string_view text, const std::string& name) {
   const auto mistakes = mistakes_in(plugin, text, name);
   show(mistakes, text, name);
+  for (const std::string& warning : warnings_about(text, name)) fmt::print(stderr, "{}\n", warning);
   return mistakes.empty();
 }
 

@@ -60,6 +60,12 @@ Outcome run(const Plugin& plugin, const Given& given) {
   if (!services) return std::unexpected(services.error());
   fmt::print("loaded {}; attached to {}; pinned at {}; canary: {}\n", count_services(*services),
              cgroup.empty() ? "the root cgroup" : config::printable(cgroup), config::printable(pin), describe(canary));
+  for (const SeenService& service : *services) {
+    if (!service.reason.empty()) {
+      fmt::print(stderr, "warning: service \"{}\": {}\n", config::printable(service.name),
+                 config::printable(service.reason));
+    }
+  }
   return Exit::fine;
 }
 

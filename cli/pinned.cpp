@@ -29,14 +29,18 @@ int keep_service(const clusterip_service_info* service, const clusterip_backend_
                         .engine = service->engine,
                         .connects = service->connects,
                         .refused = service->refused,
+                        .live = service->live,
+                        .reversed = service->reversed,
                         .backends = {}});
     services.back().backends.reserve(service->backends);
   } else {
     services.back().backends.push_back({.address = backend->address,
                                         .port = backend->port,
                                         .weight = backend->weight,
-                                        .drained = backend->state == CLUSTERIP_DRAIN,
-                                        .connects = backend->connects});
+                                        .state = backend->state,
+                                        .connects = backend->connects,
+                                        .live = backend->live,
+                                        .reversed = backend->reversed});
   }
   return 0;
 }
@@ -97,6 +101,17 @@ Canary run_canary(const Plugin& plugin, clusterip* handle) {
 std::string describe(const Canary& canary) {
   return canary.passed ? fmt::format("rewritten, refused with {}", canary.refuse)
                        : fmt::format("FAILED: {}", canary.message);
+}
+
+const char* state_name(std::uint32_t state) {
+  switch (state) {
+    case CLUSTERIP_DRAIN:
+      return "drain";
+    case CLUSTERIP_DOWN:
+      return "down";
+    default:
+      return "active";
+  }
 }
 
 const char* engine_name(std::uint32_t engine) {

@@ -24,8 +24,10 @@ struct SeenBackend {
   std::string address;
   std::uint16_t port = 0;
   std::uint32_t weight = 0;
-  bool drained = false;
+  std::uint32_t state = CLUSTERIP_ACTIVE;
   std::uint64_t connects = 0;
+  std::uint64_t live = 0;
+  std::uint64_t reversed = 0;
 };
 struct SeenService {
   std::string name, vip, policy, no_backend, reason;
@@ -34,6 +36,8 @@ struct SeenService {
   std::uint32_t engine = 0;
   std::uint64_t connects = 0;
   std::uint64_t refused = 0;
+  std::uint64_t live = 0;
+  std::uint64_t reversed = 0;
   std::vector<SeenBackend> backends;
 };
 
@@ -54,6 +58,9 @@ Canary run_canary(const Plugin& plugin, clusterip* handle);
 
 /// "rewritten, refused with ECONNREFUSED", or why not.
 std::string describe(const Canary& canary);
+
+/// "active", "drain", "down".
+const char* state_name(std::uint32_t state);
 
 /// "bpf", "userspace"; empty for neither.
 const char* engine_name(std::uint32_t engine);

@@ -35,6 +35,21 @@ constexpr std::array capabilities{
                "the update of a map-in-map waits for readers of old state"},
     Capability{CLUSTERIP_CAN_BATCH, "batch", "many services are loaded by one system call",
                "each service is loaded by a system call of its own"},
+    Capability{CLUSTERIP_CAN_SESSIONS, "sessions", "what a socket was given is kept with it", "no fast path"},
+    Capability{CLUSTERIP_CAN_CONNECT6, "connect6", "IPv6 sockets are served", "IPv6 sockets are left untouched"},
+    Capability{CLUSTERIP_CAN_SENDMSG, "sendmsg", "UDP services are carried", "no UDP services"},
+    Capability{CLUSTERIP_CAN_RECVMSG, "recvmsg", "UDP replies come from the VIP", "no UDP services"},
+    Capability{CLUSTERIP_CAN_GETPEER, "getpeer", "getpeername() shows the VIP", "getpeername() shows the backend"},
+    Capability{CLUSTERIP_CAN_RELEASE, "release", "closed connections are counted", "no least_conn"},
+    Capability{CLUSTERIP_CAN_SOCK_OPS, "sock_ops", "a failed connect counts no longer than it lasts",
+               "a failed connect counts until its socket is closed"},
+    Capability{CLUSTERIP_CAN_MARK, "mark", "rewritten sockets can be marked", "no services with a mark"},
+    Capability{CLUSTERIP_CAN_NETNS_CLIENT, "netns_client", "a client can be a network namespace",
+               "no client = \"netns\""},
+    Capability{CLUSTERIP_CAN_CGROUP_CLIENT, "cgroup_client", "a client can be a cgroup", "no client = \"cgroup\""},
+    Capability{CLUSTERIP_CAN_EVENTS, "events", "decisions can be watched", "decisions cannot be watched"},
+    Capability{CLUSTERIP_CAN_DESTROY, "destroy", "connected UDP sockets of a backend that leaves are ended",
+               "connected UDP sockets stay with a backend that leaves"},
 };
 
 void describe(po::options_description_easy_init add) { add("json", po::bool_switch(), "print the result as JSON"); }

@@ -32,11 +32,9 @@ boost::json::value name_or_null(const std::string& name) {
 }
 
 boost::json::object to_json(const SeenBackend& backend) {
-  return {{"address", backend.address},
-          {"port", backend.port},
-          {"weight", backend.weight},
-          {"state", backend.drained ? "drain" : "active"},
-          {"connects", backend.connects}};
+  return {{"address", backend.address},         {"port", backend.port},         {"weight", backend.weight},
+          {"state", state_name(backend.state)}, {"connects", backend.connects}, {"live", backend.live},
+          {"reversed", backend.reversed}};
 }
 
 boost::json::object to_json(const SeenService& service) {
@@ -53,6 +51,8 @@ boost::json::object to_json(const SeenService& service) {
           {"no_backend", service.no_backend},
           {"connects", service.connects},
           {"refused", service.refused},
+          {"live", service.live},
+          {"reversed", service.reversed},
           {"backends", std::move(backends)}};
 }
 
@@ -78,14 +78,16 @@ std::string to_text(const std::string& pin, const Canary& canary, const std::vec
                        {.title = "BACKENDS", .align = right},
                        {.title = "CONNECTS", .align = right},
                        {.title = "REFUSED", .align = right},
+                       {.title = "LIVE", .align = right},
                        {.title = "REASON"}});
   Table backend_table({{.title = "SERVICE"},
                        {.title = "BACKEND"},
                        {.title = "WEIGHT", .align = right},
                        {.title = "STATE"},
-                       {.title = "CONNECTS", .align = right}});
+                       {.title = "CONNECTS", .align = right},
+                       {.title = "LIVE", .align = right}});
   for (const SeenService& service : services) {
-    const auto active = std::ranges::count(service.backends, false, &SeenBackend::drained);
+    const auto active = std::ranges::count(service.backends, CLUSTERIP_ACTIVE, &SeenBackend::state);
     service_table.add(
         {{.text = service.name},
          {.text = fmt::format("{}/{}", address_and_port(service.vip, service.port), protocol_name(service.protocol))},
@@ -94,13 +96,16 @@ std::string to_text(const std::string& pin, const Canary& canary, const std::vec
          {.text = fmt::format("{}/{}", active, service.backends.size())},
          {.text = fmt::to_string(service.connects)},
          {.text = fmt::to_string(service.refused)},
+         {.text = fmt::to_string(service.live)},
          {.text = service.reason}});
     for (const SeenBackend& backend : service.backends) {
       backend_table.add({{.text = service.name},
                          {.text = address_and_port(backend.address, backend.port)},
                          {.text = fmt::to_string(backend.weight)},
-                         backend.drained ? Cell{.text = "drain", .colour = Colour::yellow} : Cell{.text = "active"},
-                         {.text = fmt::to_string(backend.connects)}});
+                         {.text = state_name(backend.state),
+                          .colour = backend.state == CLUSTERIP_ACTIVE ? Colour::none : Colour::yellow},
+                         {.text = fmt::to_string(backend.connects)},
+                         {.text = fmt::to_string(backend.live)}});
     }
   }
   const bool colour = wants_colour(stdout);

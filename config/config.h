@@ -30,7 +30,7 @@ enum class ProxyProtocol : std::uint8_t { none, v1, v2 };
 enum class OnRemove : std::uint8_t { keep, drain, reset };
 enum class OnExit : std::uint8_t { keep, detach };
 enum class EngineMode : std::uint8_t { automatic, bpf, userspace };  // `automatic` is spelt "auto"
-enum class BackendState : std::uint8_t { active, drain };
+enum class BackendState : std::uint8_t { active, drain, down };      // `down` is said by health checks, not by the file
 
 inline constexpr std::uint32_t max_weight = 65535;
 inline constexpr std::size_t max_backends_per_service = 65535;

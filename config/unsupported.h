@@ -14,8 +14,6 @@ namespace config {
 /// Whether this version of the carrier lacks what `key`, which the file writes and which has been read into the struct,
 /// asks for.
 bool is_unsupported(const Engine& engine, std::string_view key, Carrier carrier);
-bool is_unsupported(const Limits& limits, std::string_view key, Carrier carrier);
-bool is_unsupported(const Userspace& userspace, std::string_view key, Carrier carrier);
 bool is_unsupported(const Metrics& metrics, std::string_view key, Carrier carrier);
 bool is_unsupported(const Service& service, std::string_view key, Carrier carrier);
 

@@ -20,10 +20,10 @@ constexpr auto answer_time = 1s;
 
 }  // namespace
 
-Flow::Flow(Worker& worker, UdpListener& listener, const UdpClient& client, BackendPointer backend, config::Fd socket,
-           Clock::time_point now)
+Flow::Flow(Worker& worker, std::shared_ptr<UdpListener> listener, const UdpClient& client, BackendPointer backend,
+           config::Fd socket, Clock::time_point now)
     : worker_(worker),
-      listener_(listener),
+      listener_(std::move(listener)),
       client_(client),
       backend_(std::move(backend)),
       socket_(worker.io(), socket.release()),
@@ -44,7 +44,7 @@ void Flow::wait() {
 
 std::size_t Flow::send(std::size_t begin, std::size_t end, Clock::time_point now) {
   const Datagrams::Sent sent = worker_.datagrams().send(socket_.native_handle(), begin, end, nullptr);
-  listener_.count_received(sent);
+  listener_->count_received(sent);
   if (sent.next < end) {
     refused(now);
   } else {
@@ -61,7 +61,7 @@ void Flow::receive() {
     const std::size_t count = worker_.datagrams().receive(socket_.native_handle());
     if (count > 0) {
       reached();
-      listener_.reply(count, client_);
+      listener_->reply(count, client_);
       worker_.wait(*this, now);
       if (count < Datagrams::most) break;
     } else if (errno == ECONNREFUSED) {
@@ -98,7 +98,7 @@ void Flow::close() {
   boost::system::error_code ignored;
   socket_.close(ignored);
   backend_->live.fetch_sub(1, std::memory_order_relaxed);
-  listener_.forget(client_);
+  listener_->forget(client_);
 }
 
 }  // namespace userspace

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
 // One UDP client of a service and its backend. It belongs to one UdpListener and runs in that one's thread. It lives as
-// long as it waits for its backend's next datagram: the wait holds it.
+// long as it waits for its backend's next datagram: the wait holds it, and it holds the listener.
 #pragma once
 
 #include <boost/asio/io_context.hpp>
@@ -21,8 +21,8 @@ class Worker;
 class Flow : public Waiting, public std::enable_shared_from_this<Flow> {
  public:
   /// Has its place in the Admission; `socket` is connected to the backend.
-  Flow(Worker& worker, UdpListener& listener, const UdpClient& client, BackendPointer backend, config::Fd socket,
-       Clock::time_point now);
+  Flow(Worker& worker, std::shared_ptr<UdpListener> listener, const UdpClient& client, BackendPointer backend,
+       config::Fd socket, Clock::time_point now);
 
   void start(Clock::time_point now);
   const Backend& backend() const { return *backend_; }
@@ -46,7 +46,7 @@ class Flow : public Waiting, public std::enable_shared_from_this<Flow> {
   void close();
 
   Worker& worker_;
-  UdpListener& listener_;
+  const std::shared_ptr<UdpListener> listener_;
   const UdpClient client_;
   const BackendPointer backend_;
   boost::asio::posix::basic_stream_descriptor<boost::asio::io_context::executor_type> socket_;

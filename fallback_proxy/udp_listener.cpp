@@ -115,7 +115,7 @@ void UdpListener::pass_on(std::size_t begin, std::size_t end, Clock::time_point 
 
 Flow* UdpListener::find(const UdpClient& client) const {
   const auto found = flows_.find(client);
-  return found != flows_.end() ? found->second.get() : nullptr;
+  return found != flows_.end() ? found->second : nullptr;
 }
 
 /// For `count` datagrams. Null, and they are counted, when that cannot be.
@@ -149,8 +149,8 @@ Flow* UdpListener::reach_backend(const UdpClient& from, const SocketAddress& cli
     config::Fd socket = connect_to(*backend);
     if (socket) {
       service_->remember(client, backend, worker_.settings().flows);
-      const auto flow = std::make_shared<Flow>(worker_, *this, from, backend, std::move(socket), now);
-      flows_.emplace(from, flow);
+      const auto flow = std::make_shared<Flow>(worker_, shared_from_this(), from, backend, std::move(socket), now);
+      flows_.emplace(from, flow.get());
       flow->start(now);
       return flow.get();
     }
@@ -204,11 +204,11 @@ void UdpListener::change(std::shared_ptr<const Service> service) {
 }
 
 void UdpListener::end_flows(const std::function<bool(const Flow&)>& which) {
-  std::vector<std::shared_ptr<Flow>> ending;  // they leave flows_ as they end
+  std::vector<Flow*> ending;  // they leave flows_ as they end
   for (const auto& [client, flow] : flows_) {
     if (which(*flow)) ending.push_back(flow);
   }
-  for (const auto& flow : ending) flow->end();
+  for (Flow* flow : ending) flow->end();
 }
 
 void UdpListener::forget(const UdpClient& client) {

@@ -75,7 +75,7 @@ class UdpListener : public std::enable_shared_from_this<UdpListener> {
   boost::asio::posix::basic_stream_descriptor<boost::asio::io_context::executor_type> socket_;
   std::shared_ptr<const Service> service_;
   AllowedPointer allowed_;
-  boost::unordered_flat_map<UdpClient, std::shared_ptr<Flow>, Hash> flows_;
+  boost::unordered_flat_map<UdpClient, Flow*, Hash> flows_;
   bool is_draining_ = false;
   bool is_handed_over_ = false;
 };

@@ -6,10 +6,12 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <exception>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -20,6 +22,7 @@
 #include "config/read_config.h"
 #include "plugin/bpf_engine.h"
 #include "plugin/probe.h"
+#include "plugin/socket_sweep.h"
 
 // Everything is compiled hidden; what this header declares is what the library is for.
 #pragma GCC visibility push(default)
@@ -96,7 +99,28 @@ Result<int> zero(Result<void> result) {
 }
 
 std::uint32_t state_of(const config::Backend& backend) {
-  return backend.state == config::BackendState::drain ? CLUSTERIP_DRAIN : CLUSTERIP_ACTIVE;
+  switch (backend.state) {
+    case config::BackendState::active:
+      return CLUSTERIP_ACTIVE;
+    case config::BackendState::drain:
+      return CLUSTERIP_DRAIN;
+    case config::BackendState::down:
+      break;
+  }
+  return CLUSTERIP_DOWN;
+}
+
+std::optional<config::BackendState> read_state(std::uint32_t state) {
+  switch (state) {
+    case CLUSTERIP_ACTIVE:
+      return config::BackendState::active;
+    case CLUSTERIP_DRAIN:
+      return config::BackendState::drain;
+    case CLUSTERIP_DOWN:
+      return config::BackendState::down;
+    default:
+      return std::nullopt;
+  }
 }
 
 Result<int> load(plugin::BpfEngine& engine, std::string_view text, std::string_view name) {
@@ -135,15 +159,16 @@ Result<std::vector<config::Backend>> read_backends(const clusterip_backend* back
       return reject(std::string("expected an address, got \"") + (given.address != nullptr ? given.address : "") +
                     "\"");
     }
-    if (given.state > CLUSTERIP_DRAIN) {
-      return reject("expected a state of CLUSTERIP_ACTIVE or CLUSTERIP_DRAIN, got " + std::to_string(given.state));
+    const auto state = read_state(given.state);
+    if (!state) {
+      return reject("expected a state of CLUSTERIP_ACTIVE, CLUSTERIP_DRAIN or CLUSTERIP_DOWN, got " +
+                    std::to_string(given.state));
     }
-    list.push_back(
-        {.address = address,
-         .port = given.port,
-         .weight = given.weight == 0 ? 1 : given.weight,
-         .state = given.state == CLUSTERIP_DRAIN ? config::BackendState::drain : config::BackendState::active,
-         .position = {}});
+    list.push_back({.address = address,
+                    .port = given.port,
+                    .weight = given.weight == 0 ? 1 : given.weight,
+                    .state = *state,
+                    .position = {}});
   }
   return list;
 }
@@ -170,21 +195,32 @@ Result<std::pair<config::Address, std::uint16_t>> read_sockaddr(const sockaddr* 
   return std::pair(config::Address(boost::asio::ip::address_v6(bytes)), ntohs(v6.sin6_port));
 }
 
-void write_sockaddr(const config::Backend& backend, sockaddr_storage& out) {
-  if (backend.address.is_v4()) {
+void write_sockaddr(const config::Address& address, std::uint16_t port, sockaddr_storage& out) {
+  if (address.is_v4()) {
     sockaddr_in v4{};
     v4.sin_family = AF_INET;
-    v4.sin_port = htons(backend.port);
-    v4.sin_addr.s_addr = htonl(backend.address.to_v4().to_uint());
+    v4.sin_port = htons(port);
+    v4.sin_addr.s_addr = htonl(address.to_v4().to_uint());
     std::memcpy(&out, &v4, sizeof v4);
   } else {
     sockaddr_in6 v6{};
     v6.sin6_family = AF_INET6;
-    v6.sin6_port = htons(backend.port);
-    const auto bytes = backend.address.to_v6().to_bytes();
+    v6.sin6_port = htons(port);
+    const auto bytes = address.to_v6().to_bytes();
     std::memcpy(&v6.sin6_addr, bytes.data(), bytes.size());
     std::memcpy(&out, &v6, sizeof v6);
   }
+}
+
+std::uint32_t hook_bits(plugin::Hooks hooks) {
+  using enum plugin::Hook;
+  const auto both = [&](plugin::Hook v4, plugin::Hook v6) { return hooks.contains(v4) && hooks.contains(v6); };
+  return (hooks.contains(connect6) ? CLUSTERIP_CAN_CONNECT6 : 0u) |
+         (both(sendmsg4, sendmsg6) ? CLUSTERIP_CAN_SENDMSG : 0u) |
+         (both(recvmsg4, recvmsg6) ? CLUSTERIP_CAN_RECVMSG : 0u) |
+         (both(getpeer4, getpeer6) ? CLUSTERIP_CAN_GETPEER : 0u) |
+         (hooks.contains(release) ? CLUSTERIP_CAN_RELEASE : 0u) |
+         (hooks.contains(sock_ops) ? CLUSTERIP_CAN_SOCK_OPS : 0u);
 }
 
 std::unexpected<Error> misuse(const char* what) { return fail(-EINVAL, what); }
@@ -198,10 +234,14 @@ int visit_one(const plugin::ServiceStatus& status, clusterip_service_visitor vis
   info.vip = vip.c_str();
   info.policy = config::name_of(config::policy_names, service.policy).data();  // literals: NUL-terminated
   info.no_backend = config::name_of(config::no_backend_names, service.no_backend).data();
-  info.reason = "";
+  info.reason = status.reason.c_str();
   info.connects = status.total.connects;
   info.refused = status.total.refused;
-  info.engine = CLUSTERIP_ENGINE_BPF;
+  info.engine = status.is_carried ? CLUSTERIP_ENGINE_BPF : CLUSTERIP_ENGINE_USERSPACE;
+  info.reversed = status.total.reversed;
+  for (const auto& backend : status.backends) {
+    info.live += backend.live;
+  }
   info.backends = static_cast<std::uint32_t>(service.backends.size());
   info.port = service.port;
   info.protocol = std::to_underlying(service.protocol);
@@ -214,10 +254,12 @@ int visit_one(const plugin::ServiceStatus& status, clusterip_service_visitor vis
     clusterip_backend_info backend_info{};
     backend_info.size = sizeof backend_info;
     backend_info.address = address.c_str();
-    backend_info.connects = status.connects[i];
+    backend_info.connects = status.backends[i].counted.connects;
     backend_info.weight = backend.weight;
     backend_info.state = state_of(backend);
     backend_info.port = backend.port;
+    backend_info.live = status.backends[i].live;
+    backend_info.reversed = status.backends[i].counted.reversed;
     if (const int stop = visit(&info, &backend_info, user); stop != 0) {
       return stop;
     }
@@ -231,7 +273,8 @@ static_assert(std::is_standard_layout_v<clusterip_error> && std::is_standard_lay
 #if __SIZEOF_POINTER__ == 8
 static_assert(sizeof(clusterip_error) == 536 && sizeof(clusterip_options) == 32);
 static_assert(sizeof(clusterip_capabilities) == 272 && sizeof(clusterip_backend) == 32);
-static_assert(sizeof(clusterip_service_info) == 80 && sizeof(clusterip_backend_info) == 40);
+static_assert(sizeof(clusterip_service_info) == 96 && sizeof(clusterip_backend_info) == 56);
+static_assert(sizeof(clusterip_event) == 488);
 static_assert(sizeof(clusterip_resolution) == 312 && sizeof(clusterip_canary_result) == 16);
 #endif
 
@@ -249,9 +292,13 @@ int clusterip_probe(clusterip_capabilities* ret, clusterip_error* reterr) {
       return std::unexpected(can.error());
     }
     clusterip_capabilities out{};
-    out.can = (can->connect4 ? CLUSTERIP_CAN_CONNECT4 : 0u) | (can->map_memory ? CLUSTERIP_CAN_MAP_MEMORY : 0u) |
-              (can->set_errno ? CLUSTERIP_CAN_SET_ERRNO : 0u) | (can->link ? CLUSTERIP_CAN_LINK : 0u) |
-              (can->membarrier ? CLUSTERIP_CAN_MEMBARRIER : 0u) | (can->batch ? CLUSTERIP_CAN_BATCH : 0u);
+    out.can = (can->hooks.contains(plugin::Hook::connect4) ? CLUSTERIP_CAN_CONNECT4 : 0u) |
+              (can->map_memory ? CLUSTERIP_CAN_MAP_MEMORY : 0u) | (can->set_errno ? CLUSTERIP_CAN_SET_ERRNO : 0u) |
+              (can->link ? CLUSTERIP_CAN_LINK : 0u) | (can->membarrier ? CLUSTERIP_CAN_MEMBARRIER : 0u) |
+              (can->batch ? CLUSTERIP_CAN_BATCH : 0u) | (can->sessions ? CLUSTERIP_CAN_SESSIONS : 0u) |
+              (can->mark ? CLUSTERIP_CAN_MARK : 0u) | (can->netns_client ? CLUSTERIP_CAN_NETNS_CLIENT : 0u) |
+              (can->cgroup_client ? CLUSTERIP_CAN_CGROUP_CLIENT : 0u) | (can->events ? CLUSTERIP_CAN_EVENTS : 0u) |
+              (plugin::can_end_sockets() ? CLUSTERIP_CAN_DESTROY : 0u) | hook_bits(can->hooks);
     can->reason.copy(out.reason, sizeof out.reason - 1);
     copy_out(out, ret);
     return 0;
@@ -269,12 +316,13 @@ int clusterip_open(const clusterip_options* options, clusterip** ret, clusterip_
       if (!is_valid_size(options)) {
         return misuse("options: expected a clusterip_options with its size set");
       }
-      if ((options->flags & ~CLUSTERIP_ENGINE_TABLE) != 0 || options->reserved != 0) {
+      if ((options->flags & ~(CLUSTERIP_ENGINE_TABLE | CLUSTERIP_ALLOW_PARTIAL)) != 0 || options->reserved != 0) {
         return misuse("options: flags has a bit that this version does not know, or reserved is not 0");
       }
       engine_options.cgroup = options->cgroup_path != nullptr ? options->cgroup_path : "";
       engine_options.pin = options->pin_path != nullptr ? options->pin_path : "";
       engine_options.engine_table = (options->flags & CLUSTERIP_ENGINE_TABLE) != 0;
+      engine_options.allow_partial = (options->flags & CLUSTERIP_ALLOW_PARTIAL) != 0;
     }
     auto engine = plugin::BpfEngine::open(std::move(engine_options));
     if (!engine) {
@@ -346,6 +394,21 @@ int clusterip_set_backends(clusterip* handle, const char* service, const cluster
   });
 }
 
+int clusterip_set_backend_state(clusterip* handle, const char* service, const sockaddr* backend, socklen_t length,
+                                std::uint32_t state, clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    const auto wanted = read_state(state);
+    if (handle == nullptr || service == nullptr || !wanted) {
+      return misuse("expected a handle, a service, and CLUSTERIP_ACTIVE, CLUSTERIP_DRAIN or CLUSTERIP_DOWN");
+    }
+    const auto endpoint = read_sockaddr(backend, length);
+    if (!endpoint) {
+      return std::unexpected(endpoint.error());
+    }
+    return zero(handle->engine->set_backend_state(service, endpoint->first, endpoint->second, *wanted));
+  });
+}
+
 int clusterip_attach(clusterip* handle, clusterip_error* reterr) {
   return guarded(reterr, [&]() -> Result<int> {
     if (handle == nullptr) {
@@ -388,7 +451,7 @@ int clusterip_resolve(clusterip* handle, const sockaddr* vip, socklen_t length, 
     out.backends = resolution->backends;
     resolution->service.copy(out.service, sizeof out.service - 1);
     if (resolution->backend) {
-      write_sockaddr(*resolution->backend, out.backend);
+      write_sockaddr(resolution->backend->address, resolution->backend->port, out.backend);
     }
     copy_out(out, ret);
     return 0;
@@ -440,6 +503,57 @@ int clusterip_canary(clusterip* handle, clusterip_canary_result* ret, clusterip_
       return fail(-EPROTO, "a connect() to a port that no service has was not refused");
     }
     return 0;
+  });
+}
+
+int clusterip_original_destination(clusterip* handle, int socket, sockaddr_storage* ret, clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    if (handle == nullptr || ret == nullptr) {
+      return misuse("expected a handle and a place for the address, got NULL");
+    }
+    const auto destination = handle->engine->original_destination(socket);
+    if (!destination) {
+      return std::unexpected(destination.error());
+    }
+    *ret = {};
+    write_sockaddr(destination->vip, destination->port, *ret);
+    return 0;
+  });
+}
+
+int clusterip_event_fd(clusterip* handle, std::uint32_t seconds, clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    if (handle == nullptr) {
+      return misuse("expected a handle, got NULL");
+    }
+    return handle->engine->enable_events(std::chrono::seconds(seconds));
+  });
+}
+
+int clusterip_read_events(clusterip* handle, clusterip_event_visitor visit, void* user, clusterip_error* reterr) {
+  return guarded(reterr, [&]() -> Result<int> {
+    if (handle == nullptr || visit == nullptr) {
+      return misuse("expected a handle and a visitor, got NULL");
+    }
+    return handle->engine->read_events([&](const event& seen) {
+      clusterip_event out{};
+      out.size = sizeof out;
+      out.time = seen.time;
+      out.cookie = seen.cookie;
+      out.cgroup = seen.cgroup;
+      out.pid = seen.pid;
+      out.verdict = seen.verdict;
+      out.reason = seen.reason;
+      out.error = static_cast<std::int32_t>(seen.error);
+      out.protocol = seen.asked.protocol;
+      write_sockaddr(plugin::decode_address(seen.asked.address), ntohs(seen.asked.port), out.vip);
+      if (seen.verdict == EVENT_REWRITTEN) {
+        write_sockaddr(plugin::decode_address(seen.backend), ntohs(seen.backend_port), out.backend);
+      }
+      std::memcpy(out.comm, seen.comm, sizeof out.comm);
+      std::memcpy(out.service, seen.service, sizeof out.service);
+      return visit(&out, user);
+    });
   });
 }
 

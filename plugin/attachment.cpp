@@ -12,8 +12,6 @@ namespace plugin {
 
 namespace {
 
-constexpr bpf_attach_type hook = BPF_CGROUP_INET4_CONNECT;
-
 Result<Fd> duplicate(const Fd& fd) {
   Fd copy(fcntl(fd.get(), F_DUPFD_CLOEXEC, 0));
   if (!copy) {
@@ -42,49 +40,50 @@ Result<std::uint32_t> program_id_of(const Fd& program) {
   return info.id;
 }
 
-Result<Attachment> Attachment::attach(const Cgroup& cgroup, const Fd& program, bool use_link) {
+Result<HookAttachment> HookAttachment::attach(Hook hook, const Cgroup& cgroup, const Fd& program, bool use_link) {
+  const bpf_attach_type type = info_of(hook).attach_type;
   if (use_link) {
-    Fd link(bpf_link_create(program.get(), cgroup.fd.get(), hook, nullptr));
+    Fd link(bpf_link_create(program.get(), cgroup.fd.get(), type, nullptr));
     if (!link) {
       const int error = errno;
       return fail_errno(
           error, "attaching to " + cgroup.path +
                      (error == EPERM ? " (a program of somebody else may be attached without BPF_F_ALLOW_MULTI)" : ""));
     }
-    return from_link(std::move(link));
+    return from_link(hook, std::move(link));
   }
-  if (bpf_prog_attach(program.get(), cgroup.fd.get(), hook, BPF_F_ALLOW_MULTI) != 0) {
+  if (bpf_prog_attach(program.get(), cgroup.fd.get(), type, BPF_F_ALLOW_MULTI) != 0) {
     const int error = errno;
     return fail_errno(
         error, "attaching to " + cgroup.path +
                    (error == EPERM ? " (a program of somebody else may be attached without BPF_F_ALLOW_MULTI)" : ""));
   }
-  auto attachment = from_program(cgroup, program);
+  auto attachment = from_program(hook, cgroup, program);
   if (!attachment) {
-    bpf_prog_detach2(program.get(), cgroup.fd.get(), hook);
+    bpf_prog_detach2(program.get(), cgroup.fd.get(), type);
   }
   return attachment;
 }
 
-Attachment Attachment::from_link(Fd link) {
-  Attachment attachment;
+HookAttachment HookAttachment::from_link(Hook hook, Fd link) {
+  HookAttachment attachment(hook);
   attachment.link_ = std::move(link);
   return attachment;
 }
 
-Result<Attachment> Attachment::from_program(const Cgroup& cgroup, const Fd& program) {
+Result<HookAttachment> HookAttachment::from_program(Hook hook, const Cgroup& cgroup, const Fd& program) {
   auto cgroup_fd = duplicate(cgroup.fd);
   auto program_fd = duplicate(program);
   if (!cgroup_fd || !program_fd) {
     return std::unexpected(cgroup_fd ? program_fd.error() : cgroup_fd.error());
   }
-  Attachment attachment;
+  HookAttachment attachment(hook);
   attachment.cgroup_ = std::move(*cgroup_fd);
   attachment.program_ = std::move(*program_fd);
   return attachment;
 }
 
-Result<void> Attachment::replace(const Fd& program) {
+Result<void> HookAttachment::replace(const Fd& program) {
   if (link_) {
     if (bpf_link_update(link_.get(), program.get(), nullptr) != 0) {
       return fail_errno(errno, "exchanging the program");
@@ -97,19 +96,19 @@ Result<void> Attachment::replace(const Fd& program) {
   }
   LIBBPF_OPTS(bpf_prog_attach_opts, options, .flags = BPF_F_ALLOW_MULTI | BPF_F_REPLACE,
               .replace_prog_fd = program_.get());
-  if (bpf_prog_attach_opts(program.get(), cgroup_.get(), hook, &options) != 0) {
+  if (bpf_prog_attach_opts(program.get(), cgroup_.get(), attach_type(), &options) != 0) {
     // Before Linux 5.6 there is no BPF_F_REPLACE. For a moment both run: the second finds no VIP in what the first has
     // rewritten, and lets it pass.
-    if (bpf_prog_attach(program.get(), cgroup_.get(), hook, BPF_F_ALLOW_MULTI) != 0) {
+    if (bpf_prog_attach(program.get(), cgroup_.get(), attach_type(), BPF_F_ALLOW_MULTI) != 0) {
       return fail_errno(errno, "exchanging the program");
     }
-    bpf_prog_detach2(program_.get(), cgroup_.get(), hook);
+    bpf_prog_detach2(program_.get(), cgroup_.get(), attach_type());
   }
   program_ = std::move(*copy);
   return {};
 }
 
-Result<void> Attachment::detach() {
+Result<void> HookAttachment::detach() {
   if (link_) {
     // Closing the last descriptor detaches as well, but somebody may hold another one. Before Linux 5.9 that is all.
     if (bpf_link_detach(link_.get()) != 0 && errno != EINVAL && errno != EOPNOTSUPP) {
@@ -118,13 +117,13 @@ Result<void> Attachment::detach() {
     link_.reset();
     return {};
   }
-  if (bpf_prog_detach2(program_.get(), cgroup_.get(), hook) != 0 && errno != ENOENT) {
+  if (bpf_prog_detach2(program_.get(), cgroup_.get(), attach_type()) != 0 && errno != ENOENT) {
     return fail_errno(errno, "detaching");
   }
   return {};
 }
 
-Result<std::uint64_t> Attachment::cgroup_id() const {
+Result<std::uint64_t> HookAttachment::cgroup_id() const {
   auto info = info_of(link_);
   if (!info) {
     return std::unexpected(info.error());
@@ -132,7 +131,7 @@ Result<std::uint64_t> Attachment::cgroup_id() const {
   return info->cgroup.cgroup_id;
 }
 
-Result<std::uint32_t> Attachment::program_id() const {
+Result<std::uint32_t> HookAttachment::program_id() const {
   if (!link_) {
     return program_id_of(program_);
   }
@@ -141,6 +140,94 @@ Result<std::uint32_t> Attachment::program_id() const {
     return std::unexpected(info.error());
   }
   return info->prog_id;
+}
+
+Hooks Attachment::hooks() const {
+  Hooks attached;
+  for (const HookInfo& info : all_hooks) {
+    if (at(info.hook)) {
+      attached.insert(info.hook);
+    }
+  }
+  return attached;
+}
+
+Result<void> Attachment::switch_to(const Cgroup& cgroup, const PerHook<Fd>& programs, bool use_link,
+                                   const LinkMade& made) {
+  Hooks added;
+  const auto attach = [&](Hook hook) -> Result<void> {
+    auto attached = HookAttachment::attach(hook, cgroup, programs[index_of(hook)], use_link);
+    if (!attached) {
+      return std::unexpected(attached.error());
+    }
+    add(hook, std::move(*attached));
+    added.insert(hook);
+    return at(hook)->link() ? made(hook, at(hook)->link()) : Result<void>{};
+  };
+  const auto undo = [&](Error error) {
+    for (const HookInfo& info : all_hooks) {
+      if (added.contains(info.hook)) {
+        (void)hooks_[index_of(info.hook)]->detach();
+        hooks_[index_of(info.hook)].reset();
+      }
+    }
+    return std::unexpected(std::move(error));
+  };
+
+  const Hooks before = hooks();
+  for (const HookInfo& info : all_hooks) {
+    if (info.hook == Hook::connect4 || !programs[index_of(info.hook)] || before.contains(info.hook)) {
+      continue;
+    }
+    if (auto attached = attach(info.hook); !attached) {
+      return undo(attached.error());
+    }
+  }
+  const Fd& connect4 = programs[index_of(Hook::connect4)];
+  auto done = is_attached() ? hooks_[index_of(Hook::connect4)]->replace(connect4) : attach(Hook::connect4);
+  if (!done) {
+    return undo(done.error());
+  }
+  for (const HookInfo& info : all_hooks) {
+    const Fd& program = programs[index_of(info.hook)];
+    if (info.hook == Hook::connect4 || !program || !before.contains(info.hook)) {
+      continue;
+    }
+    if (auto replaced = hooks_[index_of(info.hook)]->replace(program); !replaced) {
+      return replaced;
+    }
+  }
+  return {};
+}
+
+Result<void> Attachment::detach() {
+  for (auto hook = all_hooks.rbegin(); hook != all_hooks.rend(); ++hook) {
+    auto& attachment = hooks_[index_of(hook->hook)];
+    if (!attachment) {
+      continue;
+    }
+    if (auto detached = attachment->detach(); !detached) {
+      return detached;
+    }
+    attachment.reset();
+  }
+  return {};
+}
+
+Result<void> Attachment::drop_dead() {
+  for (auto& attachment : hooks_) {
+    if (!attachment || !attachment->link()) {
+      continue;
+    }
+    const auto id = attachment->cgroup_id();
+    if (!id) {
+      return std::unexpected(id.error());
+    }
+    if (*id == 0) {
+      attachment.reset();
+    }
+  }
+  return is_attached() ? Result<void>{} : detach();
 }
 
 }  // namespace plugin

@@ -1,17 +1,23 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #include "plugin/bpf_engine.h"
 
+#include <arpa/inet.h>
+#include <bpf/bpf.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <map>
+#include <set>
 #include <utility>
 
 #include "balance/alias_table.h"
 #include "config/read_config.h"
 #include "plugin/bpf_object.h"
+#include "plugin/socket_sweep.h"
 
 namespace plugin {
 
@@ -36,14 +42,6 @@ bool is_canary(const config::Service& service) {
   return service.vip.is_v4() && service.vip.to_v4().to_uint() == CANARY_VIP;
 }
 
-std::size_t count_backends(std::span<const config::Service> services) {
-  std::size_t count = 0;
-  for (const auto& service : services) {
-    count += service.backends.size();
-  }
-  return count;
-}
-
 /// What has been counted so far goes on counting when new maps take the place of the old.
 void carry_counters(const Maps& from, const Maps& to, const Publisher& publisher) {
   for (const auto& old : read_published(from)) {
@@ -65,6 +63,63 @@ void carry_counters(const Maps& from, const Maps& to, const Publisher& publisher
   }
 }
 
+/// Live connections count on at the same indices, also at backends that have left.
+void carry_live(const Maps& from, const Maps& to) {
+  for (std::size_t i = 0; i < std::min(from.backends().size(), to.backends().size()); ++i) {
+    if (const auto live = std::atomic_ref(from.backends()[i].live).load(std::memory_order_relaxed); live != 0) {
+      std::atomic_ref(to.backends()[i].live).fetch_add(live, std::memory_order_relaxed);
+    }
+  }
+}
+
+/// Below 0 for a moment while counts move to new maps.
+std::uint32_t read_live(const backend_record& record) {
+  const auto live = static_cast<std::int32_t>(std::atomic_ref(record.live).load(std::memory_order_relaxed));
+  return static_cast<std::uint32_t>(std::max(live, 0));
+}
+
+/// Different backends that the slots of a block name.
+std::uint32_t count_choices(const Maps& maps, const Block& block) {
+  std::set<std::uint32_t> backends;
+  for (const auto& entry : maps.slots().subspan(block.header + 1, block.slots)) {
+    backends.insert(entry.slot.backend);
+  }
+  return static_cast<std::uint32_t>(backends.size());
+}
+
+/// The same rule as apply_policy() of clusterip.bpf.c; to Maglev and affinity, each call is a client of its own.
+std::uint32_t choose(const Maps& maps, const service_record& record, const Block& block) {
+  const auto slot = [&](std::uint32_t at) { return maps.slots()[block.header + 1 + at].slot; };
+  const auto [column, position] = balance::place(arc4random(), block.slots);
+  const auto& drawn = slot(column);
+  switch (maps.slots()[block.header].header.policy) {
+    case POLICY_ROUND_ROBIN: {
+      const auto turn = std::atomic_ref(const_cast<__u32&>(record.turn)).load(std::memory_order_relaxed);
+      return slot(turn % block.slots).backend;
+    }
+    case POLICY_MAGLEV:
+      return drawn.backend;
+    default:
+      break;
+  }
+  const std::uint32_t first = position < drawn.threshold ? drawn.backend : drawn.alias;
+  if (maps.slots()[block.header].header.policy != POLICY_LEAST_CONN || block.slots < 2) {
+    return first;
+  }
+  std::uint32_t other = balance::place(arc4random(), block.slots).column;
+  if (slot(other).backend == first) {
+    other = (other + 1) % block.slots;
+  }
+  const std::uint32_t second = slot(other).backend;
+  const auto backends = maps.backends();
+  if (first >= backends.size() || second >= backends.size()) {
+    return first;
+  }
+  const std::uint64_t first_load = std::uint64_t{read_live(backends[first])} * backends[second].weight;
+  const std::uint64_t second_load = std::uint64_t{read_live(backends[second])} * backends[first].weight;
+  return second_load < first_load ? second : first;
+}
+
 }  // namespace
 
 Result<std::unique_ptr<BpfEngine>> BpfEngine::open(EngineOptions options) {
@@ -84,8 +139,8 @@ Result<std::unique_ptr<BpfEngine>> BpfEngine::open(EngineOptions options) {
 
 BpfEngine::~BpfEngine() {
   // A link ends with its descriptor; without bpf_link the program would stay.
-  if (attachment_ && !attachment_->link() && !pins_) {
-    (void)attachment_->detach();
+  if (attachment_.is_attached() && !attachment_.has_link() && !pins_) {
+    (void)attachment_.detach();
   }
 }
 
@@ -135,59 +190,55 @@ Result<void> BpfEngine::adopt() {
     return std::unexpected(attachment.error());
   }
 
-  attachment_.reset();
-  if (attachment) {
-    attachment_ = std::move(*attachment);
-  }
+  attachment_ = attachment ? std::move(*attachment) : Attachment{};
   limits_.services = state->maps.meta().limit_services;
   limits_.backends = state->maps.meta().limit_backends;
+  limits_.flows = state->maps.meta().limit_flows;
   state_ = std::move(state);
   return {};
 }
 
-/// A link ends with its cgroup; what is left of it is not an attachment.
-Result<void> BpfEngine::drop_dead_attachment() {
-  if (attachment_ && attachment_->link()) {
-    const auto id = attachment_->cgroup_id();
-    if (!id) {
-      return std::unexpected(id.error());
-    }
-    if (*id == 0) {
-      attachment_.reset();
+Result<std::unique_ptr<BpfEngine::State>> BpfEngine::fresh_state(std::span<config::Service> services, bool peer_names) {
+  Need need = Need::of(services, limits_);
+  Capacity capacity = Capacity::for_need(need);
+  if (state_) {
+    // Indices stay what they are, and those that connections still count at are not free.
+    need.backends += state_->publisher->held_backends().size();
+    const Capacity& before = state_->maps.capacity();
+    capacity = Capacity::for_need(need);
+    capacity.services = std::max(capacity.services, before.services);
+    capacity.backends = std::max(capacity.backends, before.backends);
+    capacity.entries = std::max(capacity.entries, before.entries);
+    if (need.affinities == 0) {
+      capacity.affinities = before.affinities;
     }
   }
-  return {};
-}
-
-Result<std::unique_ptr<BpfEngine::State>> BpfEngine::fresh_state(std::span<config::Service> services) {
-  auto maps = Maps::create(Capacity::for_services(services.size(), count_backends(services)));
+  auto maps = Maps::create(capacity, state_ ? &state_->maps : nullptr);
   if (!maps) {
     return std::unexpected(maps.error());
   }
   auto state = std::make_unique<State>(std::move(*maps));
-  auto publisher = Publisher::create(state->maps);
+  auto publisher = Publisher::create(state->maps, state_ ? &*state_->publisher : nullptr);
   if (!publisher) {
     return std::unexpected(publisher.error());
   }
   state->publisher.emplace(std::move(*publisher));
-  if (auto applied = state->publisher->apply(services); !applied) {
+  if (auto applied = state->publisher->apply(services, peer_names); !applied) {
     return std::unexpected(applied.error());
   }
+  state->publisher->settle();
   return state;
 }
 
-Result<void> BpfEngine::publish(std::span<config::Service> services) {
-  if (state_) {
-    const Capacity& capacity = state_->maps.capacity();
-    if (services.size() <= capacity.services && count_backends(services) <= capacity.backends) {
-      auto applied = state_->publisher->apply(services);
-      if (applied || applied.error().code != -ENOSPC) {
-        return applied;
-      }
+Result<void> BpfEngine::publish(std::span<config::Service> services, bool peer_names) {
+  if (state_ && state_->maps.capacity().has_room_for(Need::of(services, limits_))) {
+    auto applied = state_->publisher->apply(services, peer_names);
+    if (applied || applied.error().code != -ENOSPC) {
+      return applied;
     }
   }
-  // Too small, or free only in pieces: new maps beside the old ones, made live by exchanging the program.
-  auto next = fresh_state(services);
+  // Too small, or free only in pieces: new maps beside the old ones, made live by exchanging the programs.
+  auto next = fresh_state(services, peer_names);
   if (!next) {
     return std::unexpected(next.error());
   }
@@ -195,13 +246,14 @@ Result<void> BpfEngine::publish(std::span<config::Service> services) {
 }
 
 Result<void> BpfEngine::adopt_replacement(std::unique_ptr<State> next) {
-  if (attachment_) {
+  if (attachment_.is_attached()) {
     if (auto live = make_live(*next); !live) {
       return live;
     }
     // Nothing counts in the old maps any more once the programs that run now have ended.
     if (const auto grace = GracePeriod::create(); grace && grace->wait()) {
       carry_counters(state_->maps, next->maps, *next->publisher);
+      carry_live(state_->maps, next->maps);
     }
   }
   state_ = std::move(next);
@@ -235,26 +287,109 @@ Result<void> BpfEngine::load_services(config::Config& config) {
   if (auto writer = become_writer(); !writer) {
     return writer;
   }
-  if (auto dropped = drop_dead_attachment(); !dropped) {
+  if (auto dropped = attachment_.drop_dead(); !dropped) {
     return dropped;
   }
-  if (attachment_) {  // what is published now is live at once: not for another cgroup
+  if (attachment_.is_attached()) {  // what is published now is live at once: not for another cgroup
     if (const auto cgroup = own_cgroup(); !cgroup) {
       return std::unexpected(cgroup.error());
     }
   }
+  if (auto partial = leave_out_unsupported(config); !partial) {
+    return partial;
+  }
   config.services.push_back(canary_service());
-  if (auto published = publish(config.services); !published) {
+  const config::Limits before = std::exchange(limits_, config.limits);
+  if (auto published = publish(config.services, config.engine.peer_names); !published) {
+    limits_ = before;
     return published;
   }
-  limits_ = config.limits;
   note_limits();
+  end_sockets_of_left();
+  return attach_missing();
+}
+
+/// After the change, and not a part of it: what fails here is told by status().
+void BpfEngine::end_sockets_of_left() {
+  sweep_obstacle_.clear();
+  const auto& left = state_->publisher->left();
+  if ((!left.udp && !left.tcp) || !attachment_.is_attached()) {
+    return;
+  }
+  // Connects that had begun before the change have chosen, and counted, by now.
+  if (const auto grace = GracePeriod::create(); grace) {
+    (void)grace->wait();
+  }
+  const auto has_sockets = [this](std::uint32_t index) { return read_live(state_->maps.backends()[index]) != 0; };
+  if (std::ranges::any_of(left.backends, has_sockets) && can_end_sockets()) {
+    sweep_obstacle_ = end_sockets(state_->maps, {.udp = left.udp, .tcp = left.tcp});
+  }
+}
+
+/// Moves services that this kernel cannot carry to left_out_, if that is allowed.
+Result<void> BpfEngine::leave_out_unsupported(config::Config& config) {
+  std::vector<ServiceStatus> left_out;
+  for (const auto& service : config.services) {
+    std::string reason = can_.reason_against(service);
+    if (reason.empty()) {
+      continue;
+    }
+    if (!options_.allow_partial) {
+      return fail(-EOPNOTSUPP, "service \"" + service.name + "\": " + reason);
+    }
+    ServiceStatus status{
+        .service = service, .total = {}, .backends = {}, .reason = std::move(reason), .is_carried = false};
+    status.backends.resize(service.backends.size());
+    left_out.push_back(std::move(status));
+  }
+  std::erase_if(config.services, [this](const auto& service) { return !can_.reason_against(service).empty(); });
+  left_out_ = std::move(left_out);
   return {};
+}
+
+/// The hooks that what is published needs; others would only cost those who do not use us.
+Hooks BpfEngine::needed_hooks(const Publisher& publisher) const {
+  Hooks needed;
+  needed.insert(Hook::connect4);
+  needed.insert(Hook::connect6);  // also for IPv6 sockets that connect to an IPv4 address
+  needed.insert(Hook::sendmsg4);  // also to refuse what is sent to a port that no service has
+  needed.insert(Hook::sendmsg6);
+  for (const auto& published : publisher.published()) {
+    const config::Service& service = published.service;
+    if (service.port == 0 || is_canary(service)) {
+      continue;
+    }
+    const block_header header = encode_header(service, 0, publisher.peer_names());
+    if (service.protocol == config::Protocol::udp) {
+      needed.insert(Hook::recvmsg4);
+      needed.insert(Hook::recvmsg6);
+    }
+    if ((header.flags & BLOCK_NAMED) != 0) {
+      needed.insert(Hook::getpeer4);
+      needed.insert(Hook::getpeer6);
+    }
+    if ((header.flags & BLOCK_SESSION) != 0) {
+      needed.insert(Hook::release);
+      if (service.protocol == config::Protocol::tcp) {
+        needed.insert(Hook::sock_ops);
+      }
+    }
+  }
+  return needed & can_.hooks;
+}
+
+/// A change may need hooks that those before did without.
+Result<void> BpfEngine::attach_missing() {
+  if (!attachment_.is_attached() || attachment_.hooks().includes(needed_hooks(*state_->publisher))) {
+    return {};
+  }
+  return make_live(*state_);
 }
 
 void BpfEngine::note_limits() const {
   state_->maps.meta().limit_services = limits_.services;
   state_->maps.meta().limit_backends = limits_.backends;
+  state_->maps.meta().limit_flows = limits_.flows;
 }
 
 Result<void> BpfEngine::set_backends(std::string_view name, std::vector<config::Backend> backends) {
@@ -274,6 +409,9 @@ Result<void> BpfEngine::set_backends(std::string_view name, std::vector<config::
                   "a backend of service \"" + std::string(name) + "\" is the VIP of service \"" + other->name + "\"");
     }
   }
+  config::Service changed = *service;
+  changed.backends = backends;
+  const bool peer_names = state_->publisher->peer_names();
   const std::size_t total = state_->publisher->backend_count() - service->backends.size() + backends.size();
   const std::size_t limit = std::size_t{limits_.backends} + canary_service().backends.size();
   if (total > limit) {
@@ -281,15 +419,18 @@ Result<void> BpfEngine::set_backends(std::string_view name, std::vector<config::
                               std::to_string(total - canary_service().backends.size()));
   }
 
-  if (total <= state_->maps.capacity().backends) {
+  if (total <= state_->maps.capacity().backends && block_size(changed) <= state_->maps.capacity().entries) {
     auto set = state_->publisher->set_backends(name, backends);
+    if (set) {
+      end_sockets_of_left();
+    }
     if (set || set.error().code != -ENOSPC) {
       return set;
     }
   }
   auto services = state_->publisher->services();
   std::ranges::find(services, name, &config::Service::name)->backends = std::move(backends);
-  auto next = fresh_state(services);
+  auto next = fresh_state(services, peer_names);
   if (!next) {
     return std::unexpected(next.error());
   }
@@ -297,19 +438,40 @@ Result<void> BpfEngine::set_backends(std::string_view name, std::vector<config::
     return adopted;
   }
   note_limits();
+  end_sockets_of_left();
   return {};
+}
+
+Result<void> BpfEngine::set_backend_state(std::string_view name, const config::Address& address, std::uint16_t port,
+                                          config::BackendState state) {
+  if (auto writer = become_writer(); !writer) {
+    return writer;
+  }
+  const config::Service* service = state_ ? state_->publisher->find(name) : nullptr;
+  if (service == nullptr || is_canary(*service)) {
+    return fail(-ENOENT, "there is no service \"" + std::string(name) + "\"");
+  }
+  auto backends = service->backends;
+  const auto backend = std::ranges::find_if(
+      backends, [&](const config::Backend& one) { return one.address == address && one.port == port; });
+  if (backend == backends.end()) {
+    return fail(-ENOENT, "service \"" + std::string(name) + "\" has no backend " + address.to_string() + " with port " +
+                             std::to_string(port));
+  }
+  backend->state = state;
+  return set_backends(name, std::move(backends));
 }
 
 Result<void> BpfEngine::attach() {
   if (auto writer = become_writer(); !writer) {
     return writer;
   }
-  if (auto dropped = drop_dead_attachment(); !dropped) {
+  if (auto dropped = attachment_.drop_dead(); !dropped) {
     return dropped;
   }
   if (!state_) {
     config::Service canary[] = {canary_service()};
-    auto state = fresh_state(canary);
+    auto state = fresh_state(canary, config::Engine{}.peer_names);
     if (!state) {
       return std::unexpected(state.error());
     }
@@ -322,7 +484,7 @@ Result<void> BpfEngine::attach() {
 /// The cgroup to attach to; an error when this handle, or its pin path, is attached to another one.
 Result<Cgroup> BpfEngine::own_cgroup() const {
   auto cgroup = open_cgroup(options_.cgroup);
-  if (cgroup && attachment_ && state_->maps.meta().cgroup_id != cgroup->id) {
+  if (cgroup && attachment_.is_attached() && state_->maps.meta().cgroup_id != cgroup->id) {
     return fail(-EEXIST, (pins_ ? pins_->path() + " is" : "this handle is") + " attached to another cgroup, " +
                              state_->maps.meta().cgroup_path + ": detach it first" +
                              (pins_ ? " (`clusterip unload --pin " + pins_->path() + "`)" : ""));
@@ -336,13 +498,22 @@ Result<void> BpfEngine::make_live(State& next) {
     return std::unexpected(cgroup.error());
   }
   const Capacity& capacity = next.maps.capacity();
-  auto program = load_program(Maps::names(), next.maps.fds(),
-                              {.can_set_errno = can_.set_errno,
-                               .stats_shard_mask = capacity.shards - 1,
-                               .stats_per_shard = capacity.stats_per_shard(),
-                               .stats_backends = next.maps.backend_stats(0)});
-  if (!program) {
-    return std::unexpected(program.error());
+  // What is attached but not needed any more goes on, over the same maps as the rest.
+  const Hooks hooks = needed_hooks(*next.publisher) | attachment_.hooks();
+  auto programs = load_programs(hooks, Maps::names(), next.maps.fds(),
+                                {.can_set_errno = can_.set_errno,
+                                 .can_mark = can_.mark,
+                                 .can_netns_cookie = can_.netns_client,
+                                 .can_cgroup_id = can_.cgroup_client,
+                                 .can_events = can_.events && next.maps.events(),
+                                 .can_comm = can_.comm,
+                                 .has_udp = hooks.contains(Hook::recvmsg4),
+                                 .filter_mask = capacity.filter_bits() - 1,
+                                 .stats_shard_mask = capacity.shards - 1,
+                                 .stats_per_shard = capacity.stats_per_shard(),
+                                 .stats_backends = next.maps.backend_stats(0)});
+  if (!programs) {
+    return std::unexpected(programs.error());
   }
   auto& meta = next.maps.meta();
   meta.cgroup_id = cgroup->id;
@@ -350,32 +521,18 @@ Result<void> BpfEngine::make_live(State& next) {
   std::memcpy(meta.cgroup_path, cgroup->path.data(), cgroup->path.size());
 
   if (pins_) {
-    if (auto staged = pins_->stage(next.maps, *program); !staged) {
+    if (auto staged = pins_->stage(next.maps, *programs); !staged) {
       return staged;
     }
   }
-  if (attachment_) {
-    if (auto replaced = attachment_->replace(*program); !replaced) {
-      if (pins_) {
-        pins_->discard_staged();
-      }
-      return replaced;
+  const auto pin_link = [this](Hook hook, const Fd& link) {
+    return pins_ ? pins_->stage_link(hook, link) : Result<void>{};
+  };
+  if (auto switched = attachment_.switch_to(*cgroup, *programs, can_.link, pin_link); !switched) {
+    if (pins_) {
+      pins_->discard_staged();
     }
-  } else {
-    auto attached = Attachment::attach(*cgroup, *program, can_.link);
-    if (attached && pins_ && attached->link()) {
-      if (auto pinned = pins_->stage_link(attached->link()); !pinned) {
-        (void)attached->detach();
-        attached = std::unexpected(pinned.error());
-      }
-    }
-    if (!attached) {
-      if (pins_) {
-        pins_->discard_staged();
-      }
-      return std::unexpected(attached.error());
-    }
-    attachment_ = std::move(*attached);
+    return switched;
   }
   return pins_ ? pins_->commit_staged() : Result<void>{};
 }
@@ -401,7 +558,7 @@ Result<void> BpfEngine::detach_and_unpin() {
       return owned;
     }
   }
-  if (!attachment_ && pins_ && pins_->has_state()) {
+  if (!attachment_.is_attached() && pins_ && pins_->has_state()) {
     auto attachment = pins_->attachment();
     if (attachment) {
       attachment_ = std::move(*attachment);
@@ -409,11 +566,8 @@ Result<void> BpfEngine::detach_and_unpin() {
       return std::unexpected(attachment.error());
     }
   }
-  if (attachment_) {
-    if (auto detached = attachment_->detach(); !detached) {
-      return detached;
-    }
-    attachment_.reset();
+  if (auto detached = attachment_.detach(); !detached) {
+    return detached;
   }
   if (state_) {
     state_->maps.meta().cgroup_id = 0;
@@ -455,14 +609,12 @@ Result<Resolution> BpfEngine::resolve(const config::Address& vip, std::uint16_t 
       return fail(-EPROTO, "the pinned state is damaged: run `clusterip unload` and load again");
     }
     resolution.service = decode_service(services[*record]).name;
-    resolution.backends = block.slots;
+    resolution.backends = count_choices(maps, block);
     if (block.slots == 0) {
       resolution.verdict = Verdict::no_backend;
       return {};
     }
-    const auto [column, position] = balance::place(arc4random(), block.slots);
-    const auto& slot = maps.slots()[block.header + 1 + column].slot;
-    const std::uint32_t index = position < slot.threshold ? slot.backend : slot.alias;
+    const std::uint32_t index = choose(maps, services[*record], block);
     if (index >= maps.backends().size()) {
       return fail(-EPROTO, "the pinned state is damaged: run `clusterip unload` and load again");
     }
@@ -478,15 +630,31 @@ Result<Resolution> BpfEngine::resolve(const config::Address& vip, std::uint16_t 
 
 Result<std::vector<ServiceStatus>> BpfEngine::status() {
   std::vector<ServiceStatus> status;
-  auto done = for_reading([&status](const Maps& maps) -> Result<void> {
+  std::optional<bool> found;
+  const auto ends = [&found] {
+    if (!found) {
+      found = can_end_sockets();
+    }
+    return *found;
+  };
+  auto done = for_reading([&](const Maps& maps) -> Result<void> {
     for (auto& published : read_published(maps)) {
       if (is_canary(published.service)) {
         continue;
       }
-      ServiceStatus one{
-          .service = std::move(published.service), .total = maps.read_counters(published.record), .connects = {}};
+      ServiceStatus one{.service = std::move(published.service),
+                        .total = maps.read_counters(published.record),
+                        .backends = {},
+                        .reason = {},
+                        .is_carried = true};
+      const bool peer_names = (maps.meta().flags & META_PEER_NAMES) != 0;
+      one.reason = can_.shortcoming(one.service, peer_names, ends);
+      if (one.reason.empty() && one.service.protocol == config::Protocol::udp) {
+        one.reason = sweep_obstacle_;
+      }
       for (const std::uint32_t index : published.backends) {
-        one.connects.push_back(maps.read_counters(maps.backend_stats(index)).connects);
+        one.backends.push_back(
+            {.counted = maps.read_counters(maps.backend_stats(index)), .live = read_live(maps.backends()[index])});
       }
       status.push_back(std::move(one));
     }
@@ -495,6 +663,7 @@ Result<std::vector<ServiceStatus>> BpfEngine::status() {
   if (!done) {
     return std::unexpected(done.error());
   }
+  status.insert(status.end(), left_out_.begin(), left_out_.end());
   return status;
 }
 
@@ -520,6 +689,61 @@ Result<CanaryResult> BpfEngine::canary() {
     return fail(-ENOTCONN, "the cgroup " + path + " is not the one that was attached to: that one is gone");
   }
   return run_canary(*cgroup);
+}
+
+Result<Destination> BpfEngine::original_destination(int socket) {
+  Destination destination;
+  auto done = for_reading([&](const Maps& maps) -> Result<void> {
+    session session{};
+    if (bpf_map_lookup_elem(maps.sessions().get(), &socket, &session) != 0) {
+      const int error = errno;
+      return fail_errno(error, "looking for what the socket has asked for");
+    }
+    if (session.asked.protocol == 0) {
+      return fail(-ENOENT, "the socket's last connect() was not to a VIP");
+    }
+    destination = {.vip = decode_address(session.asked.address), .port = ntohs(session.asked.port)};
+    return {};
+  });
+  if (!done) {
+    return std::unexpected(done.error());
+  }
+  return destination;
+}
+
+Result<int> BpfEngine::enable_events(std::chrono::seconds time) {
+  if (!can_.events) {
+    return fail(-EOPNOTSUPP, "this kernel has no ring buffers (Linux 5.8), or does not tell programs who calls");
+  }
+  auto done = for_reading([&](const Maps& maps) -> Result<void> {
+    if (!maps.events()) {
+      return fail(-EOPNOTSUPP, "the fast path was loaded without events: load it again");
+    }
+    if (!events_) {
+      auto reader = EventReader::open(maps.events());
+      if (!reader) {
+        return std::unexpected(reader.error());
+      }
+      events_.emplace(std::move(*reader));
+    }
+    timespec now{};
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    const auto until = std::chrono::seconds(now.tv_sec) + std::chrono::nanoseconds(now.tv_nsec) + time;
+    std::atomic_ref(maps.meta().events_until)
+        .store(time.count() == 0 ? 0 : static_cast<std::uint64_t>(until.count()), std::memory_order_relaxed);
+    return {};
+  });
+  if (!done) {
+    return std::unexpected(done.error());
+  }
+  return events_->descriptor();
+}
+
+Result<int> BpfEngine::read_events(const std::function<int(const event&)>& visit) {
+  if (!events_) {
+    return fail(-ENOENT, "events are not enabled: call clusterip_event_fd first");
+  }
+  return events_->read(visit);
 }
 
 }  // namespace plugin

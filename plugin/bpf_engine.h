@@ -3,6 +3,7 @@
 // The fast path as one object: what a `clusterip` handle of the C ABI holds. Used by one thread at a time.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -16,6 +17,7 @@
 #include "plugin/attachment.h"
 #include "plugin/canary.h"
 #include "plugin/cgroup.h"
+#include "plugin/event_reader.h"
 #include "plugin/maps.h"
 #include "plugin/pin_directory.h"
 #include "plugin/probe.h"
@@ -25,9 +27,10 @@
 namespace plugin {
 
 struct EngineOptions {
-  std::string cgroup;         // empty: that of the configuration, by default the root of the hierarchy
-  std::string pin;            // empty: nothing is pinned
-  bool engine_table = false;  // a pin path left empty is taken from the configuration, too
+  std::string cgroup;          // empty: that of the configuration, by default the root of the hierarchy
+  std::string pin;             // empty: nothing is pinned
+  bool engine_table = false;   // a pin path left empty is taken from the configuration, too
+  bool allow_partial = false;  // leave out services that this kernel cannot carry, rather than refuse all
 };
 
 enum class Verdict : std::uint8_t { pass, rewritten, no_backend, no_service };
@@ -40,10 +43,23 @@ struct Resolution {
   std::optional<config::Backend> backend;
 };
 
+struct BackendStatus {
+  counters counted{};
+  std::uint32_t live = 0;
+};
+
 struct ServiceStatus {
   config::Service service;
   counters total{};
-  std::vector<std::uint64_t> connects;  // of each of service.backends
+  std::vector<BackendStatus> backends;  // of each of service.backends
+  std::string reason;                   // what the fast path cannot do for it; or, when it does not carry it, why
+  bool is_carried = true;
+};
+
+/// Where a connected socket goes, and what it asked for.
+struct Destination {
+  config::Address vip;
+  std::uint16_t port = 0;
 };
 
 class BpfEngine {
@@ -55,12 +71,23 @@ class BpfEngine {
 
   Result<void> load(config::Config config);
   Result<void> set_backends(std::string_view service, std::vector<config::Backend> backends);
+  Result<void> set_backend_state(std::string_view service, const config::Address& address, std::uint16_t port,
+                                 config::BackendState state);
   Result<void> attach();
   Result<void> detach();
 
   Result<Resolution> resolve(const config::Address& vip, std::uint16_t port, config::Protocol protocol);
   Result<std::vector<ServiceStatus>> status();
   Result<CanaryResult> canary();
+
+  /// Has the kernel write events for so long (0: not any more); returns the descriptor to poll, which stays ours.
+  Result<int> enable_events(std::chrono::seconds time);
+
+  /// Visits the events that are there; returns how many, or the first negative value of `visit`.
+  Result<int> read_events(const std::function<int(const event&)>& visit);
+
+  /// -ENOENT: the socket's last connect() was not to a VIP.
+  Result<Destination> original_destination(int socket);
 
  private:
   /// One set of maps, and its writer.
@@ -75,11 +102,14 @@ class BpfEngine {
   Result<void> open_paths();
   Result<void> become_writer();
   Result<void> adopt();
-  Result<void> drop_dead_attachment();
   Result<Cgroup> own_cgroup() const;
-  Result<std::unique_ptr<State>> fresh_state(std::span<config::Service> services);
+  Result<std::unique_ptr<State>> fresh_state(std::span<config::Service> services, bool peer_names);
+  Result<void> leave_out_unsupported(config::Config& config);
+  Hooks needed_hooks(const Publisher& publisher) const;
+  Result<void> attach_missing();
+  void end_sockets_of_left();
   Result<void> load_services(config::Config& config);
-  Result<void> publish(std::span<config::Service> services);
+  Result<void> publish(std::span<config::Service> services, bool peer_names);
   Result<void> detach_and_unpin();
   Result<void> make_live(State& next);
   Result<void> adopt_replacement(std::unique_ptr<State> next);
@@ -91,7 +121,10 @@ class BpfEngine {
   config::Limits limits_;
   std::optional<PinDirectory> pins_;
   std::unique_ptr<State> state_;
-  std::optional<Attachment> attachment_;
+  Attachment attachment_;
+  std::optional<EventReader> events_;
+  std::string sweep_obstacle_;           // why sockets of backends that left may still be there
+  std::vector<ServiceStatus> left_out_;  // services that this kernel cannot carry
 };
 
 }  // namespace plugin

@@ -11,6 +11,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace plugin {
 
@@ -47,42 +48,44 @@ std::string reason_in(std::string_view log) {
 
 }  // namespace
 
-Result<std::vector<Fd>> create_maps(std::span<const MapSize> sizes) {
+Result<Fd> create_map(const MapSize& size) {
   auto skeleton = open_skeleton({});
   if (!skeleton) {
     return std::unexpected(skeleton.error());
   }
-  // Types for people who look with bpftool. A kernel that does not take them makes the maps without.
+  // Types for people who look with bpftool, and for the kernel where a map has a lock in it. A kernel that does not
+  // take them makes the other maps without.
   std::uint32_t btf_size = 0;
   const void* btf_data = btf__raw_data(bpf_object__btf((*skeleton)->obj), &btf_size);
   const Fd btf(btf_data != nullptr ? bpf_btf_load(btf_data, btf_size, nullptr) : -1);
 
-  std::vector<Fd> maps;
-  for (const auto& [name, max_entries] : sizes) {
-    const bpf_map* map = bpf_object__find_map_by_name((*skeleton)->obj, name);
-    if (map == nullptr) {
-      return fail(-ENOTRECOVERABLE, std::string("the BPF object has no map ") + name + ": this is a bug of clusterip");
-    }
-    LIBBPF_OPTS(bpf_map_create_opts, options, .map_flags = bpf_map__map_flags(map));
-    if (btf) {
-      options.btf_fd = static_cast<std::uint32_t>(btf.get());
-      options.btf_key_type_id = bpf_map__btf_key_type_id(map);
-      options.btf_value_type_id = bpf_map__btf_value_type_id(map);
-    }
-    Fd fd(bpf_map_create(bpf_map__type(map), name, bpf_map__key_size(map), bpf_map__value_size(map), max_entries,
-                         &options));
-    if (!fd) {
-      const int error = errno;
-      return fail_errno(error, "creating " + std::string(name) + " for " + std::to_string(max_entries) + " entries" +
-                                   (error == EPERM ? " (before Linux 5.11, RLIMIT_MEMLOCK limits BPF maps)" : ""));
-    }
-    maps.push_back(std::move(fd));
+  const bpf_map* map = bpf_object__find_map_by_name((*skeleton)->obj, size.name);
+  if (map == nullptr) {
+    return fail(-ENOTRECOVERABLE,
+                std::string("the BPF object has no map ") + size.name + ": this is a bug of clusterip");
   }
-  return maps;
+  LIBBPF_OPTS(bpf_map_create_opts, options, .map_flags = bpf_map__map_flags(map));
+  if (btf && bpf_map__btf_value_type_id(map) != 0) {
+    options.btf_fd = static_cast<std::uint32_t>(btf.get());
+    options.btf_key_type_id = bpf_map__btf_key_type_id(map);
+    options.btf_value_type_id = bpf_map__btf_value_type_id(map);
+  }
+  Fd fd(bpf_map_create(bpf_map__type(map), size.name, bpf_map__key_size(map), bpf_map__value_size(map),
+                       size.max_entries, &options));
+  if (!fd) {
+    const int error = errno;
+    if (size.is_optional && error == EINVAL) {
+      return Fd();
+    }
+    return fail_errno(error, "creating " + std::string(size.name) + " for " + std::to_string(size.max_entries) +
+                                 " entries" +
+                                 (error == EPERM ? " (before Linux 5.11, RLIMIT_MEMLOCK limits BPF maps)" : ""));
+  }
+  return fd;
 }
 
-Result<Fd> load_program(std::span<const char* const> names, std::span<const Fd> maps,
-                        const ProgramConstants& constants) {
+Result<PerHook<Fd>> load_programs(Hooks hooks, std::span<const char* const> names, std::span<const Fd> maps,
+                                  const ProgramConstants& constants) {
   std::vector<char> log(std::size_t{64} * 1024);
   auto skeleton = open_skeleton(log);
   if (!skeleton) {
@@ -90,28 +93,50 @@ Result<Fd> load_program(std::span<const char* const> names, std::span<const Fd> 
   }
   auto& rodata = *(*skeleton)->rodata;
   rodata.can_set_errno = constants.can_set_errno;
+  rodata.can_mark = constants.can_mark;
+  rodata.can_netns_cookie = constants.can_netns_cookie;
+  rodata.can_cgroup_id = constants.can_cgroup_id;
+  rodata.can_events = constants.can_events;
+  rodata.can_comm = constants.can_comm;
+  rodata.has_udp = constants.has_udp;
+  rodata.filter_mask = constants.filter_mask;
   rodata.stats_shard_mask = constants.stats_shard_mask;
   rodata.stats_per_shard = constants.stats_per_shard;
   rodata.stats_backends = constants.stats_backends;
 
   for (std::size_t i = 0; i < names.size(); ++i) {
     bpf_map* map = bpf_object__find_map_by_name((*skeleton)->obj, names[i]);
-    if (map == nullptr || bpf_map__reuse_fd(map, maps[i].get()) != 0) {
-      return fail_errno(errno, std::string("using ") + names[i]);
+    const int error = map == nullptr ? -ENOENT
+                      : maps[i]      ? bpf_map__reuse_fd(map, maps[i].get())
+                                     : bpf_map__set_autocreate(map, false);
+    if (error != 0) {
+      return fail_errno(-error, std::string("using ") + names[i]);
+    }
+  }
+  for (const HookInfo& info : all_hooks) {
+    if (!hooks.contains(info.hook)) {
+      bpf_program__set_autoload(bpf_object__find_program_by_name((*skeleton)->obj, info.program), false);
     }
   }
   if (const int error = clusterip_bpf__load(skeleton->get()); error != 0) {
     if (error == -EINVAL || error == -EACCES || error == -E2BIG) {
       return fail(-ENOTRECOVERABLE,
-                  "the verifier refused sock4_connect, which is a bug of clusterip: " + reason_in(log.data()));
+                  "the verifier refused a program, which is a bug of clusterip: " + reason_in(log.data()));
     }
-    return fail_errno(-error, "loading sock4_connect");
+    return fail_errno(-error, "loading the programs");
   }
-  Fd program(fcntl(bpf_program__fd((*skeleton)->progs.sock4_connect), F_DUPFD_CLOEXEC, 0));
-  if (!program) {
-    return fail_errno(errno, "keeping sock4_connect");
+  PerHook<Fd> programs;
+  for (const HookInfo& info : all_hooks) {
+    if (!hooks.contains(info.hook)) {
+      continue;
+    }
+    const bpf_program* program = bpf_object__find_program_by_name((*skeleton)->obj, info.program);
+    programs[index_of(info.hook)] = Fd(fcntl(bpf_program__fd(program), F_DUPFD_CLOEXEC, 0));
+    if (!programs[index_of(info.hook)]) {
+      return fail_errno(errno, std::string("keeping ") + info.program);
+    }
   }
-  return program;
+  return programs;
 }
 
 }  // namespace plugin

@@ -4,11 +4,17 @@
 #include <arpa/inet.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
 #include "balance/alias_table.h"
+#include "balance/hash.h"
+#include "balance/maglev.h"
+#include "balance/round_robin.h"
 
 namespace plugin {
 
@@ -19,6 +25,13 @@ static_assert(config::reserved_vip == CANARY_VIP);
 static_assert(std::to_underlying(config::NoBackend::refuse) == NO_BACKEND_REFUSE);
 static_assert(std::to_underlying(config::NoBackend::unreachable) == NO_BACKEND_UNREACHABLE);
 static_assert(std::to_underlying(config::NoBackend::pass) == NO_BACKEND_PASS);
+static_assert(std::to_underlying(config::Policy::random) == POLICY_RANDOM);
+static_assert(std::to_underlying(config::Policy::round_robin) == POLICY_ROUND_ROBIN);
+static_assert(std::to_underlying(config::Policy::least_conn) == POLICY_LEAST_CONN);
+static_assert(std::to_underlying(config::Policy::maglev) == POLICY_MAGLEV);
+static_assert(std::to_underlying(config::Client::cgroup) == CLIENT_CGROUP);
+static_assert(std::to_underlying(config::Client::netns) == CLIENT_NETNS);
+static_assert(std::to_underlying(config::Client::socket) == CLIENT_SOCKET);
 
 void encode_address(const config::Address& address, __be32 (&out)[4]) {
   const auto v6 =
@@ -28,9 +41,59 @@ void encode_address(const config::Address& address, __be32 (&out)[4]) {
   std::memcpy(out, bytes.data(), sizeof out);
 }
 
-bool is_active(const config::Backend& backend) { return backend.state == config::BackendState::active; }
+std::uint8_t encode_state(config::BackendState state) {
+  switch (state) {
+    case config::BackendState::active:
+      return BACKEND_ACTIVE;
+    case config::BackendState::drain:
+      return BACKEND_DRAIN;
+    case config::BackendState::down:
+      break;
+  }
+  return BACKEND_DOWN;
+}
+
+config::BackendState decode_state(std::uint8_t state) {
+  return state == BACKEND_DRAIN  ? config::BackendState::drain
+         : state == BACKEND_DOWN ? config::BackendState::down
+                                 : config::BackendState::active;
+}
+
+std::vector<std::uint32_t> active_weights(const config::Service& service) {
+  std::vector<std::uint32_t> weights;
+  weights.reserve(service.backends.size());
+  for (const auto& backend : service.backends) {
+    if (is_active(backend)) {
+      weights.push_back(backend.weight);
+    }
+  }
+  return weights;
+}
+
+/// What makes a backend the same to Maglev, whichever process makes the table.
+std::uint64_t hash_of(const config::Backend& backend) {
+  const Key key = encode_key(backend.address, backend.port, config::Protocol::tcp);
+  const auto word = [&key](int at) { return std::uint64_t{ntohl(key.address[at])} << 32 | ntohl(key.address[at + 1]); };
+  return balance::hash_pair(balance::hash_pair(word(0), word(2)), backend.port);
+}
+
+/// The active backends, as indices into themselves, in the order of the slots.
+std::vector<std::uint32_t> slot_order(const config::Service& service) {
+  if (service.policy == config::Policy::round_robin) {
+    return balance::ring_order(active_weights(service));
+  }
+  std::vector<balance::MaglevEntry> entries;
+  for (const auto& backend : service.backends) {
+    if (is_active(backend)) {
+      entries.push_back({.hash = hash_of(backend), .weight = backend.weight});
+    }
+  }
+  return balance::maglev_table(entries);
+}
 
 }  // namespace
+
+bool is_active(const config::Backend& backend) { return backend.state == config::BackendState::active; }
 
 bool Key::operator==(const Key& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }
 
@@ -86,7 +149,7 @@ config::Service decode_service(const service_record& record) {
 
 void encode_record(const config::Service& service, service_record& record) {
   record.key = encode_key(service);
-  record.zero = 0;
+  record.turn = 0;
   encode_name(service.name, record);
 }
 
@@ -99,42 +162,93 @@ backend_record encode_backend(const config::Backend& backend, std::uint32_t reco
   backend_record out{};
   encode_address(backend.address, out.address);
   out.port = htons(backend.port);
-  out.state = is_active(backend) ? BACKEND_ACTIVE : BACKEND_DRAIN;
-  out.weight = backend.weight;
   out.record = record;
+  update_backend(backend, out);
   return out;
+}
+
+void update_backend(const config::Backend& backend, backend_record& record) {
+  std::atomic_ref(record.weight).store(backend.weight, std::memory_order_relaxed);
+  std::atomic_ref(record.state).store(encode_state(backend.state), std::memory_order_relaxed);
 }
 
 config::Backend decode_backend(const backend_record& record) {
   return {.address = decode_address(record.address),
           .port = ntohs(record.port),
           .weight = record.weight,
-          .state = record.state == BACKEND_DRAIN ? config::BackendState::drain : config::BackendState::active,
+          .state = decode_state(record.state),
           .position = {}};
 }
 
 std::uint32_t block_size(const config::Service& service) {
-  return 1 + static_cast<std::uint32_t>(std::ranges::count_if(service.backends, is_active));
+  const auto active = static_cast<std::uint32_t>(std::ranges::count_if(service.backends, is_active));
+  switch (service.policy) {
+    case config::Policy::round_robin:
+      return 1 + static_cast<std::uint32_t>(balance::ring_order(active_weights(service)).size());
+    case config::Policy::maglev:
+      return 1 + balance::maglev_size(active);
+    case config::Policy::random:
+    case config::Policy::least_conn:
+      break;
+  }
+  return 1 + active;
+}
+
+block_header encode_header(const config::Service& service, std::uint32_t record, bool peer_names) {
+  constexpr std::uint64_t longest = std::numeric_limits<std::uint32_t>::max();
+  const bool ends_sockets = service.protocol == config::Protocol::udp || service.on_remove == config::OnRemove::reset;
+  const bool remembers =
+      peer_names || ends_sockets || service.policy == config::Policy::least_conn || service.mark != 0;
+  const std::uint64_t affinity =
+      service.affinity ? static_cast<std::uint64_t>(service.affinity->count() + AFFINITY_UNIT_MS - 1) / AFFINITY_UNIT_MS
+                       : 0;
+  return {.no_backend = std::to_underlying(service.no_backend),
+          .policy = std::to_underlying(service.policy),
+          .client = std::to_underlying(service.client),
+          .flags = static_cast<std::uint8_t>((peer_names ? BLOCK_NAMED : 0u) | (remembers ? BLOCK_SESSION : 0u) |
+                                             (service.mark != 0 ? BLOCK_MARK : 0u) |
+                                             (service.on_remove == config::OnRemove::reset ? BLOCK_RESET : 0u) |
+                                             (service.on_remove == config::OnRemove::keep ? BLOCK_KEEP : 0u)),
+          .record = record,
+          .affinity = static_cast<std::uint32_t>(std::min(affinity, longest)),
+          .mark = service.mark};
+}
+
+void decode_header(const block_header& header, config::Service& service) {
+  service.no_backend = static_cast<config::NoBackend>(header.no_backend);
+  service.policy = static_cast<config::Policy>(header.policy);
+  service.client = static_cast<config::Client>(header.client);
+  service.on_remove = (header.flags & BLOCK_RESET) != 0  ? config::OnRemove::reset
+                      : (header.flags & BLOCK_KEEP) != 0 ? config::OnRemove::keep
+                                                         : config::OnRemove::drain;
+  if (header.affinity != 0) {
+    service.affinity = std::chrono::milliseconds(std::int64_t{header.affinity} * AFFINITY_UNIT_MS);
+  }
+  service.mark = header.mark;
 }
 
 void encode_block(const config::Service& service, std::uint32_t record, std::span<const std::uint32_t> indices,
-                  std::span<block_entry> block) {
-  std::vector<std::uint32_t> weights;
+                  bool peer_names, std::span<block_entry> block) {
   std::vector<std::uint32_t> active;
-  weights.reserve(indices.size());
   active.reserve(indices.size());
   for (std::size_t i = 0; i < indices.size(); ++i) {
     if (is_active(service.backends[i])) {
-      weights.push_back(service.backends[i].weight);
       active.push_back(indices[i]);
     }
   }
 
-  block[0].header = {.no_backend = std::to_underlying(service.no_backend), .zero = {}, .record = record, .reserved = 0};
+  block[0].header = encode_header(service, record, peer_names);
   if (active.empty()) {
     return;
   }
-  const auto columns = balance::alias_table(weights);
+  if (service.policy == config::Policy::round_robin || service.policy == config::Policy::maglev) {
+    const auto order = slot_order(service);
+    for (std::size_t i = 0; i < order.size(); ++i) {
+      block[i + 1].slot = {.threshold = 0, .backend = active[order[i]], .alias = 0, .zero = 0};
+    }
+    return;
+  }
+  const auto columns = balance::alias_table(active_weights(service));
   for (std::size_t i = 0; i < columns.size(); ++i) {
     block[i + 1].slot = {
         .threshold = columns[i].threshold, .backend = active[i], .alias = active[columns[i].alias], .zero = 0};

@@ -44,14 +44,25 @@ void encode_name(std::string_view name, service_record& record);
 
 backend_record encode_backend(const config::Backend& backend, std::uint32_t record);
 
+/// Writes what may change while a backend is in use: its weight and its state.
+void update_backend(const config::Backend& backend, backend_record& record);
+
 config::Backend decode_backend(const backend_record& record);
 
-/// How many entries the block of `service` takes: the header, and a slot for each active backend.
+bool is_active(const config::Backend& backend);
+
+/// How many entries the block of `service` takes: the header, and what its policy needs for the active backends.
 std::uint32_t block_size(const config::Service& service);
+
+/// `peer_names` is that of the engine.
+block_header encode_header(const config::Service& service, std::uint32_t record, bool peer_names);
+
+/// The part of a service that its block's header holds.
+void decode_header(const block_header& header, config::Service& service);
 
 /// Fills `block` (of block_size entries). `indices` are the Backend_Map indices of service.backends, in their order.
 void encode_block(const config::Service& service, std::uint32_t record, std::span<const std::uint32_t> indices,
-                  std::span<block_entry> block);
+                  bool peer_names, std::span<block_entry> block);
 
 /// Where a service's block is: the index of its header in Slot_Map, and the number of slots that follow.
 struct Block {

@@ -2,6 +2,7 @@
 #include "plugin/maps.h"
 
 #include <bpf/bpf.h>
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -18,28 +19,70 @@ namespace plugin {
 
 namespace {
 
-enum MapIndex : std::uint8_t { service_map, record_map, slot_map, backend_map, stats_map, meta_map };
+enum MapIndex : std::uint8_t {
+  service_map,
+  record_map,
+  slot_map,
+  backend_map,
+  stats_map,
+  filter_map,
+  session_map,
+  flow_map,
+  affinity_map,
+  event_ring,
+  meta_map,
+};
 
-constexpr const char* map_names[] = {"Service_Map", "Record_Map", "Slot_Map", "Backend_Map", "Stats_Map", "Meta_Map"};
+constexpr const char* map_names[] = {"Service_Map",  "Record_Map", "Slot_Map",    "Backend_Map",
+                                     "Stats_Map",    "Filter_Map", "Session_Map", "Flow_Map",
+                                     "Affinity_Map", "Event_Ring", "Meta_Map"};
 
 constexpr std::uint32_t min_services = 64;
 constexpr std::uint32_t min_backends = 1024;
+constexpr std::uint32_t min_affinities = 64;  // where no service has any
 constexpr std::uint32_t max_shards = 8;
+constexpr std::uint32_t ring_bytes = 256 * 1024;  // about 900 events
 
 struct Shape {
   MapSize size;
+  bpf_map_type type;
+  std::uint32_t flags;
   std::uint32_t key_size;
   std::uint32_t value_size;
 };
 
 std::vector<Shape> shapes(const Capacity& capacity) {
   constexpr std::uint32_t index = sizeof(std::uint32_t);
-  return {{{map_names[service_map], capacity.keys()}, sizeof(service_key), sizeof(std::uint32_t)},
-          {{map_names[record_map], capacity.records()}, index, sizeof(service_record)},
-          {{map_names[slot_map], capacity.slots()}, index, sizeof(block_entry)},
-          {{map_names[backend_map], capacity.backend_records()}, index, sizeof(backend_record)},
-          {{map_names[stats_map], capacity.stats()}, index, sizeof(counters)},
-          {{map_names[meta_map], 1}, index, sizeof(meta_record)}};
+  const auto array = [](MapIndex map, std::uint32_t entries, std::size_t value_size) -> Shape {
+    return {{map_names[map], entries, false},
+            BPF_MAP_TYPE_ARRAY,
+            BPF_F_MMAPABLE,
+            index,
+            static_cast<std::uint32_t>(value_size)};
+  };
+  const auto storage = [](MapIndex map, std::size_t value_size) -> Shape {
+    return {{map_names[map], 0, false},
+            BPF_MAP_TYPE_SK_STORAGE,
+            BPF_F_NO_PREALLOC,
+            index,
+            static_cast<std::uint32_t>(value_size)};
+  };
+  // In the order of MapIndex.
+  return {{{map_names[service_map], capacity.keys(), false}, BPF_MAP_TYPE_HASH, 0, sizeof(service_key), index},
+          array(record_map, capacity.records(), sizeof(service_record)),
+          array(slot_map, capacity.slots(), sizeof(block_entry)),
+          array(backend_map, capacity.backend_records(), sizeof(backend_record)),
+          array(stats_map, capacity.stats(), sizeof(counters)),
+          array(filter_map, capacity.filter_words(), sizeof(std::uint64_t)),
+          storage(session_map, sizeof(session)),
+          storage(flow_map, sizeof(flows)),
+          {{map_names[affinity_map], capacity.affinities, false},
+           BPF_MAP_TYPE_LRU_HASH,
+           0,
+           sizeof(affinity_key),
+           sizeof(affinity)},
+          {{map_names[event_ring], ring_bytes, true}, BPF_MAP_TYPE_RINGBUF, 0, 0, 0},
+          array(meta_map, 1, sizeof(meta_record))};
 }
 
 bool is_unsupported_batch(int error) {
@@ -52,11 +95,34 @@ bool is_passing(int error) { return error == ENOMEM || error == EBUSY || error =
 
 }  // namespace
 
-Capacity Capacity::for_services(std::size_t services, std::size_t backends) {
+Need Need::of(std::span<const config::Service> services, const config::Limits& limits) {
+  Need need{.services = services.size()};
+  for (const auto& service : services) {
+    need.backends += service.backends.size();
+    need.entries += block_size(service);
+    if (service.affinity) {
+      need.affinities = limits.flows;
+    }
+  }
+  return need;
+}
+
+Capacity Capacity::for_need(const Need& need) {
   const auto cpus = static_cast<std::uint32_t>(std::max(1L, sysconf(_SC_NPROCESSORS_CONF)));
-  return {.services = std::bit_ceil(std::max(min_services, static_cast<std::uint32_t>(services))),
-          .backends = std::bit_ceil(std::max(min_backends, static_cast<std::uint32_t>(backends))),
-          .shards = std::bit_ceil(std::min(cpus, max_shards))};
+  Capacity capacity{.services = std::bit_ceil(std::max(min_services, static_cast<std::uint32_t>(need.services))),
+                    .backends = std::bit_ceil(std::max(min_backends, static_cast<std::uint32_t>(need.backends))),
+                    .entries = static_cast<std::uint32_t>(need.entries),
+                    .affinities = std::max(min_affinities, static_cast<std::uint32_t>(need.affinities)),
+                    .shards = std::bit_ceil(std::min(cpus, max_shards))};
+  // A header and a slot for each backend, unless there are rings and Maglev tables.
+  const std::uint32_t usual = capacity.services + capacity.backends;
+  capacity.entries = capacity.entries <= usual ? usual : std::bit_ceil(capacity.entries);
+  return capacity;
+}
+
+bool Capacity::has_room_for(const Need& need) const {
+  return need.services <= services && need.backends <= backends && need.entries <= entries &&
+         (need.affinities == 0 || std::max<std::size_t>(min_affinities, need.affinities) == affinities);
 }
 
 MappedArray::MappedArray(MappedArray&& other) noexcept
@@ -87,18 +153,34 @@ Result<MappedArray> MappedArray::map(int fd, std::size_t bytes) {
 
 std::span<const char* const> Maps::names() { return map_names; }
 
-Result<Maps> Maps::create(const Capacity& capacity) {
-  std::vector<MapSize> sizes;
-  for (const auto& shape : shapes(capacity)) {
-    sizes.push_back(shape.size);
-  }
-  auto fds = create_maps(sizes);
-  if (!fds) {
-    return std::unexpected(fds.error());
-  }
+const Fd& Maps::sessions() const { return fds_[session_map]; }
+
+const Fd& Maps::backend_fd() const { return fds_[backend_map]; }
+
+const Fd& Maps::events() const { return fds_[event_ring]; }
+
+Result<Maps> Maps::create(const Capacity& capacity, const Maps* before) {
   Maps maps;
   maps.capacity_ = capacity;
-  maps.fds_ = std::move(*fds);
+  for (const auto& shape : shapes(capacity)) {
+    const std::size_t index = maps.fds_.size();
+    const bool stays =
+        index == session_map || index == flow_map || index == event_ring ||
+        (index == affinity_map && before != nullptr && before->capacity_.affinities == capacity.affinities);
+    if (before != nullptr && stays) {
+      Fd copy(before->fds_[index] ? fcntl(before->fds_[index].get(), F_DUPFD_CLOEXEC, 0) : -1);
+      if (before->fds_[index] && !copy) {
+        return fail_errno(errno, std::string("keeping ") + shape.size.name);
+      }
+      maps.fds_.push_back(std::move(copy));
+      continue;
+    }
+    auto fd = create_map(shape.size);
+    if (!fd) {
+      return std::unexpected(fd.error());
+    }
+    maps.fds_.push_back(std::move(*fd));
+  }
   if (auto mapped = maps.map_arrays(); !mapped) {
     return std::unexpected(mapped.error());
   }
@@ -107,7 +189,12 @@ Result<Maps> Maps::create(const Capacity& capacity) {
   meta.version = LAYOUT_VERSION;
   meta.services = capacity.services;
   meta.backends = capacity.backends;
+  meta.entries = capacity.entries;
+  meta.affinities = capacity.affinities;
   meta.shards = capacity.shards;
+  if (before != nullptr) {
+    meta.events_until = std::atomic_ref(before->meta().events_until).load(std::memory_order_relaxed);
+  }
   return maps;
 }
 
@@ -119,6 +206,10 @@ Result<Maps> Maps::open(const std::string& directory) {
   Maps maps;
   for (const char* name : map_names) {
     Fd fd(bpf_obj_get((directory + "/" + name).c_str()));
+    if (!fd && errno == ENOENT && name == map_names[event_ring]) {
+      maps.fds_.emplace_back();  // this kernel has none
+      continue;
+    }
     if (!fd && errno == ENOENT && name != map_names[meta_map]) {
       return damaged(std::string("is damaged (") + name + " is missing)");
     }
@@ -161,22 +252,30 @@ Result<Maps> Maps::open(const std::string& directory) {
   meta_record meta{};
   std::memcpy(&meta, value.data(), sizeof meta);
   constexpr std::uint32_t largest = 1u << 24;  // far above any limit of a configuration; keeps the products in range
+  constexpr std::uint32_t largest_entries = 1u << 30;
   if (meta.services == 0 || meta.services > largest || meta.backends == 0 || meta.backends > largest ||
-      meta.shards > max_shards || !std::has_single_bit(meta.shards)) {
+      meta.entries == 0 || meta.entries > largest_entries || meta.affinities == 0 || meta.affinities > largest ||
+      meta.shards > max_shards || !std::has_single_bit(meta.shards) || !std::has_single_bit(meta.services)) {
     return damaged("is damaged (Meta_Map)");
   }
-  maps.capacity_ = {.services = meta.services, .backends = meta.backends, .shards = meta.shards};
+  maps.capacity_ = {.services = meta.services,
+                    .backends = meta.backends,
+                    .entries = meta.entries,
+                    .affinities = meta.affinities,
+                    .shards = meta.shards};
 
   std::size_t i = 0;
   for (const auto& shape : shapes(maps.capacity_)) {
+    if (!maps.fds_[i]) {
+      ++i;
+      continue;
+    }
     info = {};
     length = sizeof info;
     if (bpf_obj_get_info_by_fd(maps.fds_[i++].get(), &info, &length) != 0) {
       return fail_errno(errno, "asking about " + directory + "/" + shape.size.name);
     }
-    const bool is_hash = shape.size.name == map_names[service_map];
-    if (info.type != (is_hash ? BPF_MAP_TYPE_HASH : BPF_MAP_TYPE_ARRAY) ||
-        info.map_flags != (is_hash ? 0 : BPF_F_MMAPABLE) || info.max_entries != shape.size.max_entries ||
+    if (info.type != shape.type || info.map_flags != shape.flags || info.max_entries != shape.size.max_entries ||
         info.key_size != shape.key_size || info.value_size != shape.value_size) {
       return damaged(std::string("is damaged (") + shape.size.name + ")");
     }
@@ -192,7 +291,8 @@ Result<void> Maps::map_arrays() {
     MappedArray& array;
     MapIndex map;
     std::size_t bytes;
-  } arrays[] = {{records_, record_map, std::size_t{capacity_.records()} * sizeof(service_record)},
+  } arrays[] = {{filter_, filter_map, std::size_t{capacity_.filter_words()} * sizeof(std::uint64_t)},
+                {records_, record_map, std::size_t{capacity_.records()} * sizeof(service_record)},
                 {slots_, slot_map, std::size_t{capacity_.slots()} * sizeof(block_entry)},
                 {backends_, backend_map, std::size_t{capacity_.backend_records()} * sizeof(backend_record)},
                 {stats_, stats_map, std::size_t{capacity_.stats()} * sizeof(counters)},
@@ -210,7 +310,7 @@ Result<void> Maps::map_arrays() {
 Result<void> Maps::pin(const std::string& directory) const {
   for (std::size_t i = 0; i < fds_.size(); ++i) {
     const std::string path = directory + "/" + map_names[i];
-    if (bpf_obj_pin(fds_[i].get(), path.c_str()) != 0) {
+    if (fds_[i] && bpf_obj_pin(fds_[i].get(), path.c_str()) != 0) {
       return fail_errno(errno, "pinning " + path);
     }
   }
@@ -223,6 +323,7 @@ counters Maps::read_counters(std::uint32_t index) const {
     counters& at = stats()[std::size_t{shard} * capacity_.stats_per_shard() + index];
     sum.connects += std::atomic_ref(at.connects).load(std::memory_order_relaxed);
     sum.refused += std::atomic_ref(at.refused).load(std::memory_order_relaxed);
+    sum.reversed += std::atomic_ref(at.reversed).load(std::memory_order_relaxed);
   }
   return sum;
 }
@@ -237,6 +338,18 @@ void Maps::add_counters(std::uint32_t index, const counters& more) const {
   counters& at = stats()[index];
   std::atomic_ref(at.connects).fetch_add(more.connects, std::memory_order_relaxed);
   std::atomic_ref(at.refused).fetch_add(more.refused, std::memory_order_relaxed);
+  std::atomic_ref(at.reversed).fetch_add(more.reversed, std::memory_order_relaxed);
+}
+
+void Maps::set_filter_bit(std::uint32_t bit, bool on) const {
+  constexpr std::uint32_t word_bits = 64;
+  const std::atomic_ref word(filter()[bit / word_bits]);
+  const std::uint64_t mask = std::uint64_t{1} << (bit % word_bits);
+  if (on) {
+    word.fetch_or(mask, std::memory_order_release);
+  } else {
+    word.fetch_and(~mask, std::memory_order_release);
+  }
 }
 
 std::size_t Maps::insert_some(std::span<const Key> keys, std::span<const std::uint32_t> values, int& error) const {

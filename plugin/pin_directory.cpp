@@ -23,18 +23,21 @@ namespace plugin {
 
 namespace {
 
-constexpr const char* program_name = "sock4_connect";
-constexpr const char* link_name = "sock4_connect_link";
 constexpr const char* next_name = "next";
 
-/// Everything that can be pinned, in the order in which it moves up from next/.
-std::vector<const char*> pin_names() {
+/// Everything that can be pinned, in the order in which it moves up from next/: sock4_connect last.
+std::vector<std::string> pin_names() {
   const auto maps = Maps::names();
-  std::vector<const char*> names(maps.begin(), maps.end());
-  names.push_back(link_name);
-  names.push_back(program_name);
+  std::vector<std::string> names(maps.begin(), maps.end());
+  for (auto info = all_hooks.rbegin(); info != all_hooks.rend(); ++info) {
+    names.push_back(link_name(info->hook));
+    names.emplace_back(info->program);
+  }
   return names;
 }
+
+std::string program_path(const std::string& directory, Hook hook) { return directory + "/" + info_of(hook).program; }
+std::string link_path(const std::string& directory, Hook hook) { return directory + "/" + link_name(hook); }
 
 /// Whoever may write to the directory decides what is pinned there, and for how long.
 Result<void> check_owner(const std::string& path, const struct stat& status) {
@@ -98,19 +101,19 @@ Result<Cgroup> recorded_cgroup(const std::string& directory) {
   return cgroup;
 }
 
-bool is_attached(const Cgroup& cgroup, std::uint32_t program_id) {
+bool is_attached(Hook hook, const Cgroup& cgroup, std::uint32_t program_id) {
   std::vector<std::uint32_t> ids(64);  // as many as the kernel allows on one hook of one cgroup
   auto count = static_cast<std::uint32_t>(ids.size());
-  if (bpf_prog_query(cgroup.fd.get(), BPF_CGROUP_INET4_CONNECT, 0, nullptr, ids.data(), &count) != 0) {
+  if (bpf_prog_query(cgroup.fd.get(), info_of(hook).attach_type, 0, nullptr, ids.data(), &count) != 0) {
     return false;
   }
   ids.resize(count);
   return std::ranges::find(ids, program_id) != ids.end();
 }
 
-/// Whether the program pinned in `directory` is the one that runs.
+/// Whether the sock4_connect pinned in `directory` is the one that runs.
 bool is_running(const std::string& directory, const std::string& link_path) {
-  const Fd program(bpf_obj_get((directory + "/" + program_name).c_str()));
+  const Fd program(bpf_obj_get(program_path(directory, Hook::connect4).c_str()));
   if (!program) {
     return false;
   }
@@ -119,11 +122,11 @@ bool is_running(const std::string& directory, const std::string& link_path) {
     return false;
   }
   if (Fd link(bpf_obj_get(link_path.c_str())); link) {
-    const auto running = Attachment::from_link(std::move(link)).program_id();
+    const auto running = HookAttachment::from_link(Hook::connect4, std::move(link)).program_id();
     return running && *running == *id;
   }
   const auto cgroup = recorded_cgroup(directory);
-  return cgroup && is_attached(*cgroup, *id);
+  return cgroup && is_attached(Hook::connect4, *cgroup, *id);
 }
 
 }  // namespace
@@ -245,44 +248,87 @@ Result<void> PinDirectory::recover() {
   if (!exists(next)) {
     return {};
   }
-  const std::string staged_link = next + "/" + link_name;
-  if (is_running(next, exists(staged_link) ? staged_link : path_ + "/" + link_name)) {
-    return commit_staged();
+  const std::string staged_link = link_path(next, Hook::connect4);
+  if (!is_running(next, exists(staged_link) ? staged_link : link_path(path_, Hook::connect4))) {
+    discard_staged();
+    return {};
   }
-  discard_staged();
-  return {};
+  for (const HookInfo& info : all_hooks) {
+    if (info.hook == Hook::connect4) {
+      continue;
+    }
+    if (auto finished = finish_exchange(info.hook); !finished) {
+      return finished;
+    }
+  }
+  return commit_staged();
 }
 
-Result<Attachment> PinDirectory::attachment() const {
-  const Fd program(bpf_obj_get((path_ + "/" + program_name).c_str()));
+/// What Attachment::switch_to() would have done next: links that were there before get the program in next/.
+Result<void> PinDirectory::finish_exchange(Hook hook) const {
+  const std::string next = path_ + "/" + next_name;
+  const Fd program(bpf_obj_get(program_path(next, hook).c_str()));
+  if (!program || exists(link_path(next, hook))) {
+    return {};
+  }
+  auto attached = attachment_of(hook);
+  if (!attached) {
+    return attached.error().code == -ENOENT ? Result<void>{} : std::unexpected(attached.error());
+  }
+  auto replaced = attached->replace(program);
+  // A link that somebody has detached is no use, and no reason to fail.
+  return replaced || replaced.error().code == -ENOLINK ? Result<void>{} : replaced;
+}
+
+/// -ENOENT: the pinned program of this hook is not attached, or there is none.
+Result<HookAttachment> PinDirectory::attachment_of(Hook hook) const {
+  const std::string pinned = program_path(path_, hook);
+  const Fd program(bpf_obj_get(pinned.c_str()));
   if (!program) {
-    return fail_errno(errno, "opening " + path_ + "/" + program_name);
+    return fail_errno(errno, "opening " + pinned);
   }
   const auto id = program_id_of(program);
   if (!id) {
     return std::unexpected(id.error());
   }
-  if (Fd link(bpf_obj_get((path_ + "/" + link_name).c_str())); link) {
-    auto attachment = Attachment::from_link(std::move(link));
-    const auto attached = attachment.program_id();
-    if (!attached || *attached != *id) {
-      return fail(-EPROTO, path_ + "/" + link_name + " is not a link of " + path_ + "/" + program_name +
-                               ": somebody has changed these pins, remove them by hand");
-    }
-    return attachment;
+  if (Fd link(bpf_obj_get(link_path(path_, hook).c_str())); link) {
+    return HookAttachment::from_link(hook, std::move(link));
   }
   // Without bpf_link, or the link's pin was removed, and with it the link.
   auto cgroup = recorded_cgroup(path_);
   if (!cgroup) {
     return std::unexpected(cgroup.error());
   }
-  if (!is_attached(*cgroup, *id)) {
-    return fail(-ENOENT, path_ + "/" + program_name + " is not attached");
+  if (!is_attached(hook, *cgroup, *id)) {
+    return fail(-ENOENT, pinned + " is not attached");
   }
-  return Attachment::from_program(*cgroup, program);
+  return HookAttachment::from_program(hook, *cgroup, program);
 }
 
-Result<void> PinDirectory::stage(const Maps& maps, const Fd& program) {
+Result<Attachment> PinDirectory::attachment() const {
+  Attachment attachment;
+  for (const HookInfo& info : all_hooks) {
+    auto attached = attachment_of(info.hook);
+    if (!attached && (info.hook == Hook::connect4 || attached.error().code != -ENOENT)) {
+      return std::unexpected(attached.error());
+    }
+    if (!attached) {
+      continue;
+    }
+    const Fd program(bpf_obj_get(program_path(path_, info.hook).c_str()));
+    const auto pinned =
+        program ? program_id_of(program) : fail_errno(errno, "opening " + program_path(path_, info.hook));
+    const auto running = attached->program_id();
+    if (!pinned || !running || *pinned != *running) {
+      return fail(-EPROTO, link_path(path_, info.hook) + " is not a link of " + program_path(path_, info.hook) +
+                               ": somebody has changed these pins, remove them by hand");
+    }
+    attachment.add(info.hook, std::move(*attached));
+  }
+  return attachment;
+}
+
+Result<void> PinDirectory::stage(const Maps& maps, const PerHook<Fd>& programs) {
   const std::string next = path_ + "/" + next_name;
   if (auto owned = check_owned(); !owned) {
     return owned;
@@ -294,18 +340,26 @@ Result<void> PinDirectory::stage(const Maps& maps, const Fd& program) {
     discard_staged();
     return pinned;
   }
-  if (auto pinned = pin(program, next + "/" + program_name); !pinned) {
-    discard_staged();
-    return pinned;
+  for (const HookInfo& info : all_hooks) {
+    const Fd& program = programs[index_of(info.hook)];
+    if (!program) {
+      continue;
+    }
+    if (auto pinned = pin(program, program_path(next, info.hook)); !pinned) {
+      discard_staged();
+      return pinned;
+    }
   }
   return {};
 }
 
-Result<void> PinDirectory::stage_link(const Fd& link) { return pin(link, path_ + "/" + next_name + "/" + link_name); }
+Result<void> PinDirectory::stage_link(Hook hook, const Fd& link) {
+  return pin(link, link_path(path_ + "/" + next_name, hook));
+}
 
 void PinDirectory::discard_staged() {
   const std::string next = path_ + "/" + next_name;
-  for (const char* name : pin_names()) {
+  for (const std::string& name : pin_names()) {
     unlink((next + "/" + name).c_str());
   }
   rmdir(next.c_str());
@@ -313,7 +367,7 @@ void PinDirectory::discard_staged() {
 
 Result<void> PinDirectory::commit_staged() {
   const std::string next = path_ + "/" + next_name;
-  for (const char* name : pin_names()) {
+  for (const std::string& name : pin_names()) {
     const std::string from = next + "/" + name;
     if (rename(from.c_str(), (path_ + "/" + name).c_str()) != 0 && errno != ENOENT) {
       return fail_errno(errno, "moving " + from + " up");
@@ -332,7 +386,7 @@ Result<void> PinDirectory::remove() {
   discard_staged();
   // Meta_Map stands for "a fast path is pinned here": it goes first, so that what a killed process leaves is no state.
   std::vector<std::string> names = {"Meta_Map"};
-  std::ranges::copy(pin_names(), std::back_inserter(names));
+  std::ranges::move(pin_names(), std::back_inserter(names));
   for (const auto& name : names) {
     const std::string pinned = path_ + "/" + name;
     if (unlink(pinned.c_str()) != 0 && errno != ENOENT) {

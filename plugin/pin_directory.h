@@ -3,13 +3,13 @@
 // The directory on a BPF filesystem that keeps the fast path alive without a process:
 //
 //   Service_Map, ... , Meta_Map   the maps
-//   sock4_connect                 the program
-//   sock4_connect_link            how it is attached (none where the kernel has no bpf_link)
-//   next/                         the same, while a change of program or maps is under way
+//   sock4_connect, ...            the programs
+//   sock4_connect_link, ...       how they are attached (none where the kernel has no bpf_link)
+//   next/                         the same, while a change of programs or maps is under way
 //
-// A change is pinned in next/, then made live by one link update, then moved up by renames, the program last. Whoever
-// locks the directory afterwards finishes or discards what a process that died has left: next/ is the truth exactly
-// when its program is the one attached.
+// A change is pinned in next/, then made live by link updates, that of sock4_connect before the others, then moved up
+// by renames, sock4_connect last. Whoever locks the directory afterwards finishes or discards what a process that died
+// has left: next/ is the truth exactly when its sock4_connect is the one attached.
 #pragma once
 
 #include <string>
@@ -47,12 +47,12 @@ class PinDirectory {
   /// The pinned maps, all of one set, also while another process replaces them. -ENOENT: nothing is pinned here.
   Result<Maps> open_maps();
 
-  /// How the pinned program is attached; -ENOENT when it is not.
+  /// How the pinned programs are attached; -ENOENT when sock4_connect is not.
   Result<Attachment> attachment() const;
 
   /// Pins these in next/.
-  Result<void> stage(const Maps& maps, const Fd& program);
-  Result<void> stage_link(const Fd& link);
+  Result<void> stage(const Maps& maps, const PerHook<Fd>& programs);
+  Result<void> stage_link(Hook hook, const Fd& link);
   void discard_staged();
   Result<void> commit_staged();
 
@@ -62,6 +62,8 @@ class PinDirectory {
  private:
   PinDirectory() = default;
   Result<void> recover();
+  Result<HookAttachment> attachment_of(Hook hook) const;
+  Result<void> finish_exchange(Hook hook) const;
 
   std::string path_;
   Fd lock_;

@@ -23,11 +23,6 @@ std::optional<std::uint32_t> IndexPool::take() {
   return index;
 }
 
-void IndexPool::reclaim() {
-  free_.insert(free_.end(), retired_.begin(), retired_.end());
-  retired_.clear();
-}
-
 ExtentPool::ExtentPool(std::uint32_t first, std::uint32_t capacity) : capacity_(capacity) { add(first, capacity); }
 
 std::optional<std::uint32_t> ExtentPool::take(std::uint32_t size) {

@@ -10,6 +10,7 @@
 #include <map>
 #include <optional>
 #include <set>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -34,14 +35,28 @@ class IndexPool {
   void retire(std::uint32_t index) { retired_.push_back(index); }
   /// Makes room, so that `more` calls of retire() need no memory.
   void reserve_retired(std::size_t more) { reserve_more(retired_, more); }
-  void reclaim();
+  /// Those that `is_held` is true for wait on: what they stand for is not over.
+  template <class IsHeld>
+  void reclaim(IsHeld is_held) {
+    held_.insert(held_.end(), retired_.begin(), retired_.end());
+    retired_.clear();
+    std::erase_if(held_, [&](std::uint32_t index) {
+      if (is_held(index)) {
+        return false;
+      }
+      free_.push_back(index);
+      return true;
+    });
+  }
   std::uint64_t retired() const { return retired_.size(); }
+  std::span<const std::uint32_t> held() const { return held_; }
   std::uint64_t capacity() const { return capacity_; }
 
  private:
   std::uint32_t capacity_;
   std::vector<std::uint32_t> free_;
   std::vector<std::uint32_t> retired_;
+  std::vector<std::uint32_t> held_;
 };
 
 /// Contiguous extents of one array: blocks of slots. Best fit; neighbours that are free become one. When memory runs

@@ -6,10 +6,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
 #include <span>
+#include <string>
+#include <string_view>
 
 #include "plugin/fd.h"
 
@@ -33,18 +36,45 @@ constexpr bpf_insn exit_program() {
   return {.code = BPF_JMP | BPF_EXIT, .dst_reg = 0, .src_reg = 0, .off = 0, .imm = 0};
 }
 
-/// 0 when a connect4 program with these instructions loads, else the errno.
-int try_connect4(std::span<const bpf_insn> instructions) {
+/// 0 when a program of this hook with these instructions loads, else the errno. `log` receives what the verifier says.
+int try_program(Hook hook, std::span<const bpf_insn> instructions, std::span<char> log = {}) {
+  const HookInfo& info = info_of(hook);
   bpf_attr attr;
   std::memset(&attr, 0, sizeof attr);
-  attr.prog_type = BPF_PROG_TYPE_CGROUP_SOCK_ADDR;
-  attr.expected_attach_type = BPF_CGROUP_INET4_CONNECT;
+  attr.prog_type = info.program_type;
+  attr.expected_attach_type = info.attach_type;
+  if (!log.empty()) {
+    attr.log_buf = reinterpret_cast<std::uint64_t>(log.data());
+    attr.log_size = static_cast<std::uint32_t>(log.size());
+    attr.log_level = 1;
+  }
   attr.insns = reinterpret_cast<std::uint64_t>(instructions.data());
   attr.insn_cnt = static_cast<std::uint32_t>(instructions.size());
   static constexpr char license[] = "Dual BSD/GPL";
   attr.license = reinterpret_cast<std::uint64_t>(license);
   const Fd program(static_cast<int>(bpf(BPF_PROG_LOAD, attr)));
   return program ? 0 : errno;
+}
+
+/// Whether programs of this hook may call the helper. The call has no arguments: a kernel that knows the helper
+/// complains of those, another one of the helper.
+bool may_call(Hook hook, bpf_func_id helper) {
+  const bpf_insn instructions[] = {call(helper), move(BPF_REG_0, 1), exit_program()};
+  std::array<char, 4096> log{};
+  if (try_program(hook, instructions, log) == 0) {
+    return true;
+  }
+  const std::string_view said(log.data());
+  return !said.empty() && !said.contains("unknown func") && !said.contains("invalid func") &&
+         !said.contains("cannot use helper");
+}
+
+bool try_ring_buffer() {
+  bpf_attr attr;
+  std::memset(&attr, 0, sizeof attr);
+  attr.map_type = BPF_MAP_TYPE_RINGBUF;
+  attr.max_entries = static_cast<std::uint32_t>(sysconf(_SC_PAGESIZE));
+  return static_cast<bool>(Fd(static_cast<int>(bpf(BPF_MAP_CREATE, attr))));
 }
 
 int try_mappable_array() {
@@ -85,7 +115,7 @@ bool is_unsupported(int error) { return error == ENOSYS || error == EINVAL || er
 Result<Capabilities> probe() {
   Capabilities can;
   static constexpr bpf_insn allow[] = {move(BPF_REG_0, 1), exit_program()};
-  const int connect4 = try_connect4(allow);
+  const int connect4 = try_program(Hook::connect4, allow);
   if (connect4 == EPERM || connect4 == EACCES) {
     return fail(
         -EPERM,
@@ -95,8 +125,7 @@ Result<Capabilities> probe() {
   if (connect4 != 0 && !is_unsupported(connect4)) {
     return fail_errno(connect4, "trying a cgroup/connect4 program");
   }
-  can.connect4 = connect4 == 0;
-  if (!can.connect4) {
+  if (connect4 != 0) {
     can.reason = connect4 == ENOSYS ? "this kernel has no bpf() (CONFIG_BPF_SYSCALL)"
                                     : "this kernel has no cgroup/connect4 programs (Linux 4.17, CONFIG_CGROUP_BPF)";
     return can;
@@ -111,14 +140,75 @@ Result<Capabilities> probe() {
     can.reason = "this kernel has no memory-mapped BPF arrays (Linux 5.5)";
   }
 
+  for (const HookInfo& info : all_hooks) {
+    if (info.hook == Hook::connect4 || try_program(info.hook, allow) == 0) {
+      can.hooks.insert(info.hook);
+    }
+  }
+  can.sessions = may_call(Hook::connect4, BPF_FUNC_sk_storage_get);
+  if (can.map_memory && !can.sessions) {
+    can.reason = "this kernel has no socket storage for cgroup/connect4 programs (Linux 5.3)";
+  }
+  can.mark = may_call(Hook::connect4, BPF_FUNC_setsockopt);
+  can.netns_client = may_call(Hook::connect4, BPF_FUNC_get_netns_cookie);
+  can.cgroup_client = may_call(Hook::connect4, BPF_FUNC_get_current_cgroup_id);
+  can.events = try_ring_buffer() && may_call(Hook::connect4, BPF_FUNC_ringbuf_reserve) && can.cgroup_client &&
+               may_call(Hook::connect4, BPF_FUNC_get_current_pid_tgid);
+  can.comm = may_call(Hook::connect4, BPF_FUNC_get_current_comm);
+
   static constexpr bpf_insn refuse[] = {move(BPF_REG_1, -ECONNREFUSED), call(BPF_FUNC_set_retval), move(BPF_REG_0, 0),
                                         exit_program()};
-  can.set_errno = try_connect4(refuse) == 0;
+  can.set_errno = try_program(Hook::connect4, refuse) == 0;
   can.link = knows_link();
   can.batch = knows_batch();
   const long commands = syscall(SYS_membarrier, MEMBARRIER_CMD_QUERY, 0, 0);
   can.membarrier = commands > 0 && (commands & MEMBARRIER_CMD_GLOBAL);
   return can;
+}
+
+std::string Capabilities::reason_against(const config::Service& service) const {
+  if (service.vip.is_v6() && !hooks.contains(Hook::connect6)) {
+    return "this kernel has no cgroup/connect6 programs";
+  }
+  if (service.protocol == config::Protocol::udp) {
+    const bool v6 = service.vip.is_v6();
+    if (!hooks.contains(v6 ? Hook::sendmsg6 : Hook::sendmsg4)) {
+      return "UDP: this kernel has no cgroup/sendmsg programs (Linux 4.18)";
+    }
+    if (!hooks.contains(v6 ? Hook::recvmsg6 : Hook::recvmsg4)) {
+      return "UDP: this kernel has no cgroup/recvmsg programs (Linux 5.2), replies would come from the backend";
+    }
+  }
+  if (service.policy == config::Policy::least_conn && !hooks.contains(Hook::release)) {
+    return "policy \"least_conn\": this kernel has no cgroup/sock_release programs (Linux 5.9), closed connections "
+           "would "
+           "count on";
+  }
+  if (service.mark != 0 && !mark) {
+    return "mark: this kernel has no bpf_setsockopt() in cgroup/connect programs (Linux 5.8)";
+  }
+  if (service.affinity || service.policy == config::Policy::maglev) {
+    if (service.client == config::Client::netns && !netns_client) {
+      return "client \"netns\": this kernel has no network namespace cookies (Linux 5.7)";
+    }
+    if (service.client == config::Client::cgroup && !cgroup_client) {
+      return "client \"cgroup\": this kernel does not tell programs the cgroup (Linux 5.7)";
+    }
+  }
+  return {};
+}
+
+std::string Capabilities::shortcoming(const config::Service& service, bool peer_names,
+                                      const std::function<bool()>& can_end_sockets) const {
+  if (peer_names && !hooks.contains(service.vip.is_v6() ? Hook::getpeer6 : Hook::getpeer4)) {
+    return "getpeername() shows the backend: this kernel has no cgroup/getpeername programs (Linux 5.8)";
+  }
+  const bool ends_sockets = service.on_remove == config::OnRemove::reset ||
+                            (service.protocol == config::Protocol::udp && service.on_remove != config::OnRemove::keep);
+  if (ends_sockets && !can_end_sockets()) {
+    return "connected sockets stay with a backend that leaves: ending them takes Linux 6.5 with BTF, and CAP_PERFMON";
+  }
+  return {};
 }
 
 }  // namespace plugin

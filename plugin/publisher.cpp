@@ -38,7 +38,10 @@ bool same_backend(const config::Backend& a, const config::Backend& b) {
 
 /// Whether the maps would hold the same for both.
 bool same_service(const config::Service& a, const config::Service& b) {
-  return a.name == b.name && a.no_backend == b.no_backend && std::ranges::equal(a.backends, b.backends, same_backend);
+  const block_header a_header = encode_header(a, 0, false);
+  const block_header b_header = encode_header(b, 0, false);
+  return a.name == b.name && std::memcmp(&a_header, &b_header, sizeof a_header) == 0 &&
+         std::ranges::equal(a.backends, b.backends, same_backend);
 }
 
 std::vector<PublishedService> read_once(const Maps& maps) {
@@ -59,9 +62,9 @@ std::vector<PublishedService> read_once(const Maps& maps) {
     }
     PublishedService published{
         .service = decode_service(records[record]), .record = record, .block = block, .backends = {}};
-    published.service.no_backend = static_cast<config::NoBackend>(slots[block.header].header.no_backend);
+    decode_header(slots[block.header].header, published.service);
     for (const auto& entry : slots.subspan(block.header + 1, block.slots)) {
-      if (entry.slot.backend < maps.backends().size()) {
+      if (entry.slot.backend < maps.backends().size() && !in_slot[entry.slot.backend]) {
         in_slot[entry.slot.backend] = true;
         published.backends.push_back(entry.slot.backend);
         published.service.backends.push_back(decode_backend(maps.backends()[entry.slot.backend]));
@@ -71,11 +74,11 @@ std::vector<PublishedService> read_once(const Maps& maps) {
     services.push_back(std::move(published));
   }
 
-  // Draining backends are in no slot; their records name the service. An active one in no slot is left from a change
-  // that never ended.
+  // Backends that drain or are down are in no slot; their records name the service. An active one in no slot is left
+  // from a change that never ended.
   const auto backends = maps.backends();
   for (std::uint32_t index = 0; index < backends.size(); ++index) {
-    if (backends[index].state != BACKEND_DRAIN || in_slot[index]) {
+    if ((backends[index].state != BACKEND_DRAIN && backends[index].state != BACKEND_DOWN) || in_slot[index]) {
       continue;
     }
     const auto owner = by_record.find(backends[index].record);
@@ -115,16 +118,101 @@ Publisher::Publisher(Maps& maps, GracePeriod grace, IndexPool records, IndexPool
       records_(std::move(records)),
       backends_(std::move(backends)),
       blocks_(std::move(blocks)),
-      published_(maps.capacity().records()) {}
+      published_(maps.capacity().records()),
+      filter_counts_(maps.capacity().filter_bits()) {}
 
-Result<Publisher> Publisher::create(Maps& maps) {
+Result<Publisher> Publisher::create(Maps& maps, const Publisher* before) {
   auto grace = GracePeriod::create();
   if (!grace) {
     return std::unexpected(grace.error());
   }
   const Capacity& capacity = maps.capacity();
-  return Publisher(maps, std::move(*grace), IndexPool(capacity.records(), {}),
-                   IndexPool(capacity.backend_records(), {}), ExtentPool(1, capacity.slots() - 1));
+  std::vector<bool> records;
+  std::vector<bool> backends;
+  if (before != nullptr) {
+    records.resize(capacity.records());
+    backends.resize(capacity.backend_records());
+    for (const auto& [key, record] : before->by_key_) {
+      records[record] = true;
+      for (const std::uint32_t index : before->published_[record].backends) {
+        backends[index] = true;
+      }
+    }
+    for (const std::uint32_t index : before->held_backends()) {
+      backends[index] = true;
+    }
+  }
+  Publisher publisher(maps, std::move(*grace), IndexPool(capacity.records(), records),
+                      IndexPool(capacity.backend_records(), backends), ExtentPool(1, capacity.slots() - 1));
+  publisher.before_ = before;
+  return publisher;
+}
+
+/// Indices that were kept free for what has not come along.
+void Publisher::settle() {
+  if (before_ == nullptr) {
+    return;
+  }
+  std::vector<bool> taken(maps_->backends().size());
+  for (const auto& published : published_) {
+    for (const std::uint32_t index : published.backends) {
+      taken[index] = true;
+    }
+  }
+  const auto retire = [&](std::uint32_t index) {
+    if (!taken[index]) {
+      backends_.retire(index);  // held on to as long as connections count there
+    }
+  };
+  for (const auto& [key, record] : before_->by_key_) {
+    const PublishedService& published = before_->published_[record];
+    if (!by_key_.contains(key)) {
+      records_.give_back(record);
+    }
+    for (std::size_t i = 0; i < published.backends.size(); ++i) {
+      retire(published.backends[i]);
+      if (!taken[published.backends[i]]) {
+        note_left(published.service, published.backends[i]);
+      }
+    }
+  }
+  std::ranges::for_each(before_->held_backends(), retire);
+  before_ = nullptr;
+}
+
+const PublishedService* Publisher::published_before(const Key& key) const {
+  return before_ == nullptr ? nullptr : before_->find_published(key);
+}
+
+void Publisher::note_left(const config::Service& service, std::uint32_t backend) {
+  if (service.protocol == config::Protocol::udp) {
+    left_.udp |= service.on_remove != config::OnRemove::keep;
+  } else {
+    left_.tcp |= service.on_remove == config::OnRemove::reset;
+  }
+  left_.backends.push_back(backend);
+}
+
+void Publisher::count_vip(const Key& marker) {
+  if (++vips_[marker] > 1) {
+    return;
+  }
+  const std::uint32_t bit = maps_->filter_bit(marker);
+  if (++filter_counts_[bit] == 1) {
+    maps_->set_filter_bit(bit, true);
+  }
+}
+
+void Publisher::forget_vip(const Key& marker) {
+  if (--vips_[marker] > 0) {
+    return;
+  }
+  vips_.erase(marker);
+  const std::uint32_t bit = maps_->filter_bit(marker);
+  if (--filter_counts_[bit] == 0) {
+    maps_->set_filter_bit(bit, false);
+  }
+  unused_keys_.emplace_back(marker, MARKER_RECORD);
 }
 
 Result<Publisher> Publisher::adopt(Maps& maps) {
@@ -145,6 +233,7 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
   }
 
   const Capacity& capacity = maps.capacity();
+  const bool peer_names = (maps.meta().flags & META_PEER_NAMES) != 0;
   std::vector<bool> records(capacity.records());
   std::vector<bool> backends(capacity.backend_records());
   ExtentPool blocks(1, capacity.slots() - 1);
@@ -163,19 +252,32 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
       }
       backends[index] = true;
     }
-    if (block_size(service) != block.size()) {
+    const auto slots = maps.slots().subspan(block.header + 1, block.slots);
+    if (!std::ranges::all_of(slots, [&](const block_entry& entry) {
+          return entry.slot.backend < backends.size() && (entry.slot.alias < backends.size());
+        })) {
       return damaged("a slot of service \"" + service.name + "\"");
     }
-    // A process that died before it had noted a new weight leaves such a service; the next load writes it again.
-    std::vector<block_entry> expected(block.size());
-    encode_block(service, record, indices, expected);
-    published.intact =
-        std::memcmp(expected.data(), &maps.slots()[block.header], expected.size() * sizeof(block_entry)) == 0;
+    const bool one_each = service.policy == config::Policy::random || service.policy == config::Policy::least_conn;
+    if (one_each && block_size(service) != block.size()) {
+      return damaged("a slot of service \"" + service.name + "\"");
+    }
+    // A process that died before it had noted a new weight leaves such a service; the next load writes it again. So
+    // does one whose ring begins with another backend than the file: nothing says in which order they stood there.
+    std::vector<block_entry> expected(block_size(service));
+    encode_block(service, record, indices, peer_names, expected);
+    published.intact = expected.size() == block.size() && std::memcmp(expected.data(), &maps.slots()[block.header],
+                                                                      expected.size() * sizeof(block_entry)) == 0;
     records[record] = true;
   }
+  std::vector<std::uint32_t> held;
   for (std::uint32_t index = 0; index < backends.size(); ++index) {
     if (!backends[index]) {
-      maps.backends()[index].state = BACKEND_UNUSED;
+      std::atomic_ref(maps.backends()[index].state).store(BACKEND_UNUSED, std::memory_order_relaxed);
+      if (std::atomic_ref(maps.backends()[index].live).load(std::memory_order_relaxed) != 0) {
+        held.push_back(index);
+        backends[index] = true;
+      }
     }
   }
 
@@ -197,9 +299,16 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
   Publisher publisher(maps, std::move(*grace), IndexPool(capacity.records(), records),
                       IndexPool(capacity.backend_records(), backends), std::move(blocks));
   publisher.unused_keys_ = std::move(unused);
+  publisher.peer_names_ = peer_names;
+  std::ranges::for_each(held, [&](std::uint32_t index) { publisher.backends_.retire(index); });
   for (auto& published : services) {
     std::string name = published.service.name;
     publisher.enter(std::move(published), std::move(name));
+  }
+  for (std::uint32_t bit = 0; bit < publisher.filter_counts_.size(); ++bit) {
+    if (publisher.filter_counts_[bit] == 0) {
+      maps.set_filter_bit(bit, false);
+    }
   }
   for (const Key& marker : markers) {
     if (!publisher.vips_.contains(marker)) {
@@ -250,14 +359,15 @@ void Publisher::enter(PublishedService published, std::string name) {
   const Key key = encode_key(published.service);
   const std::uint32_t record = published.record;
   if (by_key_.emplace(key, record).second) {
-    ++vips_[marker_of(key)];
+    count_vip(marker_of(key));
   }
   by_name_.insert_or_assign(std::move(name), record);
   backend_count_ += published.backends.size();
   published_[record] = std::move(published);
 }
 
-Result<void> Publisher::apply(std::span<config::Service> services) {
+Result<void> Publisher::apply(std::span<config::Service> services, bool peer_names) {
+  const bool all_change = std::exchange(peer_names_, peer_names) != peer_names;
   std::vector<config::Service*> changed;
   std::vector<bool> stays(published_.size());
   for (auto& service : services) {
@@ -265,7 +375,7 @@ Result<void> Publisher::apply(std::span<config::Service> services) {
     if (published != nullptr) {
       stays[published->record] = true;
     }
-    if (published == nullptr || !published->intact || !same_service(published->service, service)) {
+    if (published == nullptr || all_change || !published->intact || !same_service(published->service, service)) {
       changed.push_back(&service);
     }
   }
@@ -275,7 +385,15 @@ Result<void> Publisher::apply(std::span<config::Service> services) {
       removed.push_back(record);
     }
   }
-  return publish(changed, removed);
+  auto done = publish(changed, removed);
+  if (!done) {
+    peer_names_ = peer_names != all_change;
+  } else if (peer_names) {
+    maps_->meta().flags |= META_PEER_NAMES;
+  } else {
+    maps_->meta().flags &= ~META_PEER_NAMES;
+  }
+  return done;
 }
 
 Result<void> Publisher::set_backends(std::string_view name, std::vector<config::Backend> backends) {
@@ -295,6 +413,8 @@ Result<void> Publisher::set_backends(std::string_view name, std::vector<config::
 
 Result<void> Publisher::publish(std::span<config::Service* const> changed, std::span<const std::uint32_t> removed) {
   erase_unused_keys();  // those that an earlier change could not delete
+  left_.udp = left_.tcp = false;
+  left_.backends.clear();
 
   // 1. Write everything that is new beside what is published. Nobody sees it. Undone by whatever ends this early, an
   // exception for want of memory included.
@@ -354,12 +474,16 @@ Result<void> Publisher::stage(config::Service& service, Staged& staged) {
   if (previous != nullptr) {
     next.record = previous->record;
   } else {
-    auto record = take(records_);
-    if (!record) {
-      return std::unexpected(record.error());
+    if (const PublishedService* before = published_before(encode_key(next.service)); before != nullptr) {
+      next.record = before->record;
+    } else {
+      auto record = take(records_);
+      if (!record) {
+        return std::unexpected(record.error());
+      }
+      next.record = *record;
+      staged.has_record = true;
     }
-    next.record = *record;
-    staged.has_record = true;
     withdraw(*maps_, encode_key(next.service), next.record);
     encode_record(next.service, maps_->records()[next.record]);
     maps_->clear_counters(next.record);
@@ -367,10 +491,11 @@ Result<void> Publisher::stage(config::Service& service, Staged& staged) {
 
   // A backend that stays keeps its index, and with it its counters.
   std::map<std::pair<config::Address, std::uint16_t>, std::uint32_t> before;
-  if (previous != nullptr) {
-    for (std::size_t i = 0; i < previous->backends.size(); ++i) {
-      const auto& backend = previous->service.backends[i];
-      before.emplace(std::pair(backend.address, backend.port), previous->backends[i]);
+  const PublishedService* had = previous != nullptr ? previous : published_before(encode_key(next.service));
+  if (had != nullptr) {
+    for (std::size_t i = 0; i < had->backends.size(); ++i) {
+      const auto& backend = had->service.backends[i];
+      before.emplace(std::pair(backend.address, backend.port), had->backends[i]);
     }
   }
   next.backends.reserve(next.service.backends.size());
@@ -379,6 +504,9 @@ Result<void> Publisher::stage(config::Service& service, Staged& staged) {
     if (const auto found = before.find({backend.address, backend.port}); found != before.end()) {
       next.backends.push_back(found->second);
       before.erase(found);
+      if (previous == nullptr) {
+        maps_->backends()[next.backends.back()] = encode_backend(backend, next.record);
+      }
       continue;
     }
     auto index = take(backends_);
@@ -391,8 +519,11 @@ Result<void> Publisher::stage(config::Service& service, Staged& staged) {
     maps_->backends()[*index].state = BACKEND_UNUSED;  // until it is published
     maps_->clear_counters(maps_->backend_stats(*index));
   }
-  for (const auto& [endpoint, index] : before) {
-    staged.leaving.push_back(index);
+  for (std::size_t i = 0; previous != nullptr && i < previous->backends.size(); ++i) {
+    const auto& backend = previous->service.backends[i];
+    if (before.contains({backend.address, backend.port})) {
+      staged.leaving.push_back(i);
+    }
   }
 
   const std::uint32_t size = block_size(next.service);
@@ -401,7 +532,7 @@ Result<void> Publisher::stage(config::Service& service, Staged& staged) {
     return std::unexpected(header.error());
   }
   next.block = {.header = *header, .slots = size - 1};
-  encode_block(next.service, next.record, next.backends, maps_->slots().subspan(*header, size));
+  encode_block(next.service, next.record, next.backends, peer_names_, maps_->slots().subspan(*header, size));
   return {};
 }
 
@@ -438,6 +569,8 @@ Result<void> Publisher::insert_new_keys(const std::vector<Staged>& staged) {
     values.push_back(one.next.record);
     const Key marker = marker_of(key);
     if (!vips_.contains(marker) && markers.insert(marker).second) {
+      maps_->set_filter_bit(maps_->filter_bit(marker),
+                            true);  // before the key; stays on if that fails, which costs little
       keys.push_back(marker);
       values.push_back(MARKER_RECORD);
     }
@@ -461,28 +594,36 @@ void Publisher::reserve_for_commit(const std::vector<Staged>& staged, std::span<
   by_key_.reserve(by_key_.size() + staged.size());
   by_name_.reserve(by_name_.size() + staged.size());
   vips_.reserve(vips_.size() + staged.size());
+  left_.backends.reserve(leaving);
 }
 
 void Publisher::commit(Staged& staged) {
   auto& next = staged.next;
   plugin::publish(*maps_, encode_key(next.service), next.record, next.block);
 
-  // What only people read: names, weights, states.
+  // After the word: a backend that no slot names may still be drained, a new one is not yet asked for its state.
   for (std::size_t i = 0; i < next.backends.size(); ++i) {
-    maps_->backends()[next.backends[i]] = encode_backend(next.service.backends[i], next.record);
+    update_backend(next.service.backends[i], maps_->backends()[next.backends[i]]);
   }
   if (!staged.is_new) {
     encode_name(next.service.name, maps_->records()[next.record]);
     const PublishedService& previous = published_[next.record];
     blocks_.retire(previous.block.header, previous.block.size());
-    for (const std::uint32_t index : staged.leaving) {
-      maps_->backends()[index].state = BACKEND_UNUSED;
-      backends_.retire(index);
+    for (const std::size_t i : staged.leaving) {
+      leave(previous, i);
     }
     backend_count_ -= previous.backends.size();
     forget_name(previous.service.name, next.record);
   }
   enter(std::move(next), std::move(staged.name));
+}
+
+/// The backend number `backend` of a service gets nothing any more.
+void Publisher::leave(const PublishedService& published, std::size_t backend) {
+  const std::uint32_t index = published.backends[backend];
+  std::atomic_ref(maps_->backends()[index].state).store(BACKEND_UNUSED, std::memory_order_relaxed);
+  backends_.retire(index);
+  note_left(published.service, index);
 }
 
 void Publisher::remove(std::uint32_t record) {
@@ -491,16 +632,11 @@ void Publisher::remove(std::uint32_t record) {
   withdraw(*maps_, key, record);
   unused_keys_.emplace_back(key, record);
   blocks_.retire(published.block.header, published.block.size());
-  for (const std::uint32_t index : published.backends) {
-    maps_->backends()[index].state = BACKEND_UNUSED;
-    backends_.retire(index);
+  for (std::size_t i = 0; i < published.backends.size(); ++i) {
+    leave(published, i);
   }
   backend_count_ -= published.backends.size();
-  const Key marker = marker_of(key);
-  if (--vips_[marker] == 0) {
-    vips_.erase(marker);
-    unused_keys_.emplace_back(marker, MARKER_RECORD);
-  }
+  forget_vip(marker_of(key));
   by_key_.erase(key);
   forget_name(published.service.name, record);
 }
@@ -546,8 +682,11 @@ Result<void> Publisher::reclaim() {
   if (auto waited = grace_.wait(); !waited) {
     return waited;
   }
-  records_.reclaim();
-  backends_.reclaim();
+  const auto never = [](std::uint32_t) { return false; };
+  records_.reclaim(never);
+  backends_.reclaim([this](std::uint32_t index) {
+    return std::atomic_ref(maps_->backends()[index].live).load(std::memory_order_relaxed) != 0;
+  });
   blocks_.reclaim();
   return {};
 }

@@ -50,7 +50,7 @@ extern "C" {
 #endif
 
 #define CLUSTERIP_ABI_MAJOR 1u
-#define CLUSTERIP_ABI_MINOR 0u
+#define CLUSTERIP_ABI_MINOR 1u
 
 /* An instance of the fast path. Opaque. */
 typedef struct clusterip clusterip;
@@ -66,12 +66,17 @@ typedef struct {
 
 /* clusterip_options.flags */
 #define CLUSTERIP_ENGINE_TABLE 1u /* a path left NULL is taken from [engine] of the configuration that is loaded first */
+/*
+ * Services that this kernel cannot carry are left out of what is loaded, rather than refuse all of it with -EOPNOTSUPP:
+ * clusterip_visit_services gives each with CLUSTERIP_ENGINE_USERSPACE and the reason, in the handle that loaded them.
+ */
+#define CLUSTERIP_ALLOW_PARTIAL 2u
 
 typedef struct {
 	size_t size;
 	const char *cgroup_path; /* cgroup v2 directory to attach to; NULL: [engine] cgroup, by default the hierarchy's root */
 	const char *pin_path;    /* directory on a BPF filesystem that keeps the fast path alive; NULL: nothing is pinned */
-	uint32_t flags;          /* CLUSTERIP_ENGINE_TABLE */
+	uint32_t flags;          /* CLUSTERIP_ENGINE_TABLE, CLUSTERIP_ALLOW_PARTIAL */
 	uint32_t reserved;
 } clusterip_options;
 
@@ -82,6 +87,18 @@ typedef struct {
 #define CLUSTERIP_CAN_LINK 8u          /* bpf_link for cgroups (Linux 5.7): else BPF_PROG_ATTACH with ALLOW_MULTI */
 #define CLUSTERIP_CAN_MEMBARRIER 16u   /* MEMBARRIER_CMD_GLOBAL: else a map-in-map update waits for readers */
 #define CLUSTERIP_CAN_BATCH 32u        /* batched map updates (Linux 5.6): else one system call per service */
+#define CLUSTERIP_CAN_SESSIONS 64u     /* socket storage (Linux 5.3): without it there is no fast path */
+#define CLUSTERIP_CAN_CONNECT6 128u    /* cgroup/connect6: IPv6 sockets, also to IPv4 VIPs */
+#define CLUSTERIP_CAN_SENDMSG 256u     /* cgroup/sendmsg4 and 6 (Linux 4.18): UDP services */
+#define CLUSTERIP_CAN_RECVMSG 512u     /* cgroup/recvmsg4 and 6 (Linux 5.2): UDP services */
+#define CLUSTERIP_CAN_GETPEER 1024u    /* cgroup/getpeername4 and 6 (Linux 5.8): else getpeername() shows the backend */
+#define CLUSTERIP_CAN_RELEASE 2048u    /* cgroup/sock_release (Linux 5.9): live counts, least_conn */
+#define CLUSTERIP_CAN_SOCK_OPS 4096u   /* sock_ops: a failed connect counts no longer than it lasts */
+#define CLUSTERIP_CAN_MARK 8192u       /* bpf_setsockopt in connect hooks (Linux 5.8): `mark` */
+#define CLUSTERIP_CAN_NETNS_CLIENT 16384u  /* bpf_get_netns_cookie (Linux 5.7): client = "netns" */
+#define CLUSTERIP_CAN_CGROUP_CLIENT 32768u /* bpf_get_current_cgroup_id (Linux 5.7): client = "cgroup" */
+#define CLUSTERIP_CAN_EVENTS 65536u    /* ring buffer (Linux 5.8) and who the caller is: events */
+#define CLUSTERIP_CAN_DESTROY 131072u  /* bpf_sock_destroy (Linux 6.5), BTF, CAP_PERFMON: ending sockets of backends that left */
 
 typedef struct {
 	size_t size;
@@ -101,6 +118,7 @@ typedef struct {
 
 #define CLUSTERIP_ACTIVE 0u
 #define CLUSTERIP_DRAIN 1u /* no new connections; those that live go on */
+#define CLUSTERIP_DOWN 2u  /* the same; what unconnected UDP sockets send goes to another backend at once */
 
 /* Engines that can carry a service. */
 #define CLUSTERIP_ENGINE_BPF 1u
@@ -120,6 +138,8 @@ typedef struct {
 	uint16_t port;       /* host byte order */
 	uint8_t protocol;    /* IPPROTO_TCP or IPPROTO_UDP */
 	uint8_t reserved[5];
+	uint64_t live;       /* sum over the backends */
+	uint64_t reversed;   /* addresses of backends shown as the VIP: getpeername(), and senders of datagrams */
 } clusterip_service_info;
 
 typedef struct {
@@ -127,9 +147,11 @@ typedef struct {
 	const char *address; /* numeric address */
 	uint64_t connects;   /* connects that chose this backend since it was added */
 	uint32_t weight;
-	uint32_t state;      /* CLUSTERIP_ACTIVE or CLUSTERIP_DRAIN */
+	uint32_t state;      /* CLUSTERIP_ACTIVE, CLUSTERIP_DRAIN or CLUSTERIP_DOWN */
 	uint16_t port;       /* host byte order */
 	uint16_t reserved[3];
+	uint64_t live;       /* connected sockets that have this backend now and are remembered (see peer_names) */
+	uint64_t reversed;   /* addresses of it that were shown as the VIP */
 } clusterip_backend_info;
 
 /* What a connect() would meet. */
@@ -154,6 +176,35 @@ typedef struct {
 	int32_t rewrite_errno; /* 0: rewritten; else the errno of the connect(), EADDRNOTAVAIL when it was not rewritten */
 	int32_t refuse_errno;  /* the errno that a refused connect() got; 0: it was not refused */
 } clusterip_canary_result;
+
+/* clusterip_event.verdict, beside CLUSTERIP_VERDICT_*: the service was replaced again and again meanwhile; refused */
+#define CLUSTERIP_VERDICT_CONTENDED 4u
+
+/* clusterip_event.reason: why this backend */
+#define CLUSTERIP_REASON_NONE 0u     /* no backend was chosen */
+#define CLUSTERIP_REASON_POLICY 1u   /* by the service's policy */
+#define CLUSTERIP_REASON_AFFINITY 2u /* the client had it before */
+
+/* A decision of the kernel about one connect() to a VIP, or the first datagram of an unconnected socket to it. */
+typedef struct {
+	size_t size;
+	uint64_t time;   /* CLOCK_MONOTONIC, ns */
+	uint64_t cookie; /* of the socket, as SO_COOKIE tells */
+	uint64_t cgroup; /* id of the caller's cgroup v2 */
+	uint32_t pid;
+	uint32_t verdict; /* CLUSTERIP_VERDICT_*; PASS: no_backend = "pass" */
+	uint32_t reason;  /* CLUSTERIP_REASON_* */
+	int32_t error;    /* the errno of a refusal; 0 */
+	uint8_t protocol; /* IPPROTO_TCP or IPPROTO_UDP */
+	uint8_t reserved[7];
+	struct sockaddr_storage vip;     /* what was asked for */
+	struct sockaddr_storage backend; /* with CLUSTERIP_VERDICT_REWRITTEN */
+	char comm[16];     /* empty where the loader had no CAP_PERFMON */
+	char service[160]; /* empty without a service */
+} clusterip_event;
+
+/* Return 0 to go on; anything else ends the visits. */
+typedef int (*clusterip_event_visitor)(const clusterip_event *event, void *user);
 
 /* One mistake of a configuration: line, column and message ("key: what was expected, got what"). */
 typedef void (*clusterip_error_visitor)(const clusterip_error *mistake, void *user);
@@ -208,6 +259,14 @@ int clusterip_set_backends(clusterip *handle, const char *service, const cluster
                            clusterip_error *reterr);
 
 /*
+ * Say whether a backend may be given new connections: for a host's own health checks. `backend` is a sockaddr_in or
+ * sockaddr_in6, state CLUSTERIP_ACTIVE, CLUSTERIP_DRAIN or CLUSTERIP_DOWN. Costs what clusterip_set_backends does, and
+ * lasts until that or a load_* says otherwise. Errors: -ENOENT no such service, or it has no such backend.
+ */
+int clusterip_set_backend_state(clusterip *handle, const char *service, const struct sockaddr *backend, socklen_t length,
+                                uint32_t state, clusterip_error *reterr);
+
+/*
  * Make it live: attach to the cgroup and, with a pin path, pin everything. On adopted state the program is exchanged in
  * place, and no connect() meets a moment without one. On failure nothing is attached that was not before.
  */
@@ -239,6 +298,27 @@ int clusterip_visit_services(clusterip *handle, clusterip_service_visitor visit,
  * Errors: -ENOTCONN not attached, or not rewritten; -EPROTO not refused.
  */
 int clusterip_canary(clusterip *handle, clusterip_canary_result *ret, clusterip_error *reterr);
+
+/*
+ * Which VIP did this connected socket ask for? `socket` is a descriptor of the calling process; *ret a sockaddr_in or
+ * sockaddr_in6. Errors: -ENOENT its last connect() was not to a VIP (or not remembered: peer_names = false), -EBADF,
+ * -ENOTSOCK.
+ */
+int clusterip_original_destination(clusterip *handle, int socket, struct sockaddr_storage *ret, clusterip_error *reterr);
+
+/*
+ * A descriptor that polls readable when there are events. It belongs to the handle, is the same until the next load_* or
+ * attach at least, and there is one reader: who reads takes the events away from others with the same pins. From the call
+ * on, and for `seconds`, the kernel writes events; call it again in time to go on, or with 0 to stop. So a reader that
+ * dies leaves nothing on. Returns the descriptor. Errors: -EOPNOTSUPP; -ENOENT nothing is loaded.
+ */
+int clusterip_event_fd(clusterip *handle, uint32_t seconds, clusterip_error *reterr);
+
+/*
+ * Visit the events that are there, without waiting. Returns how many, the visitor's value if that is negative, or a
+ * negative errno. What comes while the reader is slow and the buffer (some 900 events) full is lost.
+ */
+int clusterip_read_events(clusterip *handle, clusterip_event_visitor visit, void *user, clusterip_error *reterr);
 
 /* Give the handle back. NULL is a no-op. Pinned state stays and goes on serving; what is not pinned ends. */
 void clusterip_close(clusterip *handle);

@@ -21,8 +21,8 @@ static_assert(sizeof(clusterip_error) == 536);
 static_assert(sizeof(clusterip_options) == 32);
 static_assert(sizeof(clusterip_capabilities) == 272);
 static_assert(sizeof(clusterip_backend) == 32);
-static_assert(sizeof(clusterip_service_info) == 80);
-static_assert(sizeof(clusterip_backend_info) == 40);
+static_assert(sizeof(clusterip_service_info) == 96);
+static_assert(sizeof(clusterip_backend_info) == 56);
 static_assert(sizeof(clusterip_resolution) == 312);
 static_assert(sizeof(clusterip_canary_result) == 16);
 static_assert(offsetof(clusterip_error, message) == 24);
@@ -44,7 +44,7 @@ TEST(Abi, ExportsExactlyWhatTheHeaderDeclares) {
     EXPECT_EQ(type, "T") << name;
     exported.insert(name.substr(0, name.find('@')));
   }
-  EXPECT_EQ(declared_functions().size(), 14u);
+  EXPECT_EQ(declared_functions().size(), 18u);
   EXPECT_EQ(exported, declared_functions());
 }
 
@@ -261,14 +261,14 @@ TEST_F(AbiMisuse, UnknownFlagsAndReservedFieldsAreInvalid) {
   EXPECT_EQ(handle, nullptr);
 }
 
-TEST_F(AbiMisuse, BackendStateMustBeOneOfTheTwo) {
+TEST_F(AbiMisuse, BackendStateMustBeOneOfTheThree) {
   Handle handle(plugin(), unpinned());
   ASSERT_TRUE(ok(handle.load(toml({{"web", "10.96.0.1", 80, {}}}))));
   clusterip_backend backend{};
   backend.size = sizeof backend;
   backend.address = "127.0.0.1";
   backend.port = 80;
-  backend.state = 2;
+  backend.state = 3;
   EXPECT_LT(plugin().set_backends(handle.get(), "web", &backend, 1, nullptr), 0);
   backend.state = CLUSTERIP_ACTIVE;
   backend.address = nullptr;

@@ -566,6 +566,30 @@ TEST_F(Udp, WhatIsAskedIsAnsweredBeforeTheEnd) {
   EXPECT_LT(std::chrono::steady_clock::now() - began, std::chrono::seconds(20));
 }
 
+TEST_F(Udp, AnUpgradeLosesNeitherQuestionsNorAnswers) {
+  const UdpSocket server;
+  FallbackProxy before(proxy_toml({udp({server.backend()})}, {.threads = 1}));
+  const UdpSocket early;
+  early.send_to(vip, port, "early");
+  const Datagram question = server.receive();
+  FallbackProxy after(before.files(), {}, {"--take-over"});
+  after.wait_for_log("has handed over");
+  // Several, each of which would wake the old process, too.
+  for (int i = 0; i < 5; ++i) {
+    const UdpSocket late;
+    late.send_to(vip, port, "late");
+    const Datagram next = server.receive();
+    EXPECT_EQ(next.bytes, "late");
+    server.answer(next, "by the new one");
+    EXPECT_EQ(late.receive().bytes, "by the new one");
+    server.answer(question, "by the old one");
+    EXPECT_EQ(early.receive().bytes, "by the old one");
+  }
+  EXPECT_EQ(before.wait().exit_code, 0);
+  early.send_to(vip, port, "early");
+  EXPECT_NE(server.receive().port, question.port);
+}
+
 TEST_F(Udp, NoFlowBeginsDuringTheEnd) {
   const UdpSocket server;
   FallbackProxy proxy(proxy_toml({udp({server.backend()})}));

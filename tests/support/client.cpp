@@ -22,8 +22,67 @@ sockaddr_in socket_address(const std::string& address, std::uint16_t port) {
   return result;
 }
 
-Fd tcp_socket(int more_flags) {
-  Fd fd(checked(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | more_flags, 0), "socket"));
+Endpoint::Endpoint(const std::string& address, std::uint16_t port) {
+  sockaddr_in v4{};
+  sockaddr_in6 v6{};
+  if (::inet_pton(AF_INET, address.c_str(), &v4.sin_addr) == 1) {
+    v4.sin_family = AF_INET;
+    v4.sin_port = htons(port);
+    std::memcpy(&storage_, &v4, sizeof v4);
+  } else if (::inet_pton(AF_INET6, address.c_str(), &v6.sin6_addr) == 1) {
+    v6.sin6_family = AF_INET6;
+    v6.sin6_port = htons(port);
+    std::memcpy(&storage_, &v6, sizeof v6);
+  } else {
+    throw std::invalid_argument(address);
+  }
+}
+
+std::string text_of(const sockaddr_storage& address) {
+  char text[INET6_ADDRSTRLEN] = "";
+  if (address.ss_family == AF_INET6) {
+    sockaddr_in6 v6{};
+    std::memcpy(&v6, &address, sizeof v6);
+    ::inet_ntop(AF_INET6, &v6.sin6_addr, text, sizeof text);
+    return "[" + std::string(text) + "]:" + std::to_string(ntohs(v6.sin6_port));
+  }
+  sockaddr_in v4{};
+  std::memcpy(&v4, &address, sizeof v4);
+  ::inet_ntop(AF_INET, &v4.sin_addr, text, sizeof text);
+  return std::string(text) + ":" + std::to_string(ntohs(v4.sin_port));
+}
+
+std::string peer_of(int fd) {
+  sockaddr_storage peer{};
+  socklen_t length = sizeof peer;
+  if (::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &length) != 0) return ::strerrorname_np(errno);
+  return text_of(peer);
+}
+
+Fd udp_socket(int family) {
+  Fd fd(checked(::socket(family, SOCK_DGRAM | SOCK_CLOEXEC, 0), "socket"));
+  const timeval bound{10, 0};
+  checked(::setsockopt(fd.get(), SOL_SOCKET, SO_RCVTIMEO, &bound, sizeof bound), "SO_RCVTIMEO");
+  return fd;
+}
+
+std::string receive(int fd) {
+  char answer[256];
+  sockaddr_storage from{};
+  socklen_t length = sizeof from;
+  const ssize_t size = ::recvfrom(fd, answer, sizeof answer, 0, reinterpret_cast<sockaddr*>(&from), &length);
+  if (size < 0) return ::strerrorname_np(errno);
+  return std::string(answer, static_cast<std::size_t>(size)) + " from " + text_of(from);
+}
+
+std::string exchange(int fd, const std::string& address, std::uint16_t port) {
+  const Endpoint to(address, port);
+  if (::sendto(fd, "x", 1, 0, to.address(), to.length()) != 1) return ::strerrorname_np(errno);
+  return receive(fd);
+}
+
+Fd tcp_socket(int more_flags, int family) {
+  Fd fd(checked(::socket(family, SOCK_STREAM | SOCK_CLOEXEC | more_flags, 0), "socket"));
   const linger reset{1, 0};
   const timeval bound{10, 0};
   checked(::setsockopt(fd.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof reset), "SO_LINGER");
@@ -33,8 +92,8 @@ Fd tcp_socket(int more_flags) {
 }
 
 int connect_errno(int fd, const std::string& address, std::uint16_t port) {
-  const sockaddr_in to = socket_address(address, port);
-  return ::connect(fd, reinterpret_cast<const sockaddr*>(&to), sizeof to) == 0 ? 0 : errno;
+  const Endpoint to(address, port);
+  return ::connect(fd, to.address(), to.length()) == 0 ? 0 : errno;
 }
 
 std::ostream& operator<<(std::ostream& out, const Answer& answer) {
@@ -54,7 +113,7 @@ Answer read_answer(int fd) {
 }
 
 Answer ask(const std::string& address, std::uint16_t port) {
-  const Fd fd = tcp_socket();
+  const Fd fd = tcp_socket(0, Endpoint(address, port).family());
   if (const int error = connect_errno(fd.get(), address, port); error != 0) return {error, {}};
   return read_answer(fd.get());
 }

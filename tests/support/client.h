@@ -18,9 +18,36 @@ namespace support {
 
 sockaddr_in socket_address(const std::string& address, std::uint16_t port);
 
+/// A numeric address of either family, with a port.
+class Endpoint {
+ public:
+  Endpoint(const std::string& address, std::uint16_t port);
+  const sockaddr* address() const { return reinterpret_cast<const sockaddr*>(&storage_); }
+  socklen_t length() const { return storage_.ss_family == AF_INET ? sizeof(sockaddr_in) : sizeof(sockaddr_in6); }
+  int family() const { return storage_.ss_family; }
+
+ private:
+  sockaddr_storage storage_{};
+};
+
+/// "10.96.0.1:80", "[fd00::1]:80".
+std::string text_of(const sockaddr_storage& address);
+
+/// What getpeername() says, as text_of() does, or the name of its errno.
+std::string peer_of(int fd);
+
+/// A UDP socket whose calls end after some seconds at the latest.
+Fd udp_socket(int family = AF_INET);
+
+/// Sends a datagram there, and returns "answer from address:port", or the name of the errno.
+std::string exchange(int fd, const std::string& address, std::uint16_t port);
+
+/// Receives one datagram: as exchange().
+std::string receive(int fd);
+
 /// A TCP socket whose calls end after some seconds at the latest, and which is reset when it is closed: tests make so
 /// many connections that TIME_WAIT would use up the local ports.
-Fd tcp_socket(int more_flags = 0);
+Fd tcp_socket(int more_flags = 0, int family = AF_INET);
 
 /// The errno of a connect(), or 0.
 int connect_errno(int fd, const std::string& address, std::uint16_t port);

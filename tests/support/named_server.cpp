@@ -37,19 +37,26 @@ std::string local_address(int connection) {
   return ::inet_ntop(AF_INET, &local.sin_addr, text, sizeof text);
 }
 
+std::uint16_t bound_port(int fd) {
+  sockaddr_storage local{};
+  socklen_t length = sizeof local;
+  checked(::getsockname(fd, reinterpret_cast<sockaddr*>(&local), &length), "getsockname");
+  sockaddr_in v4{};  // the port stands at the same place in both families
+  std::memcpy(&v4, &local, sizeof v4);
+  return ntohs(v4.sin_port);
+}
+
 }  // namespace
 
 NamedServer::NamedServer(std::string name, const std::string& address, Speaks speaks)
     : name_(std::move(name)),
       address_(address),
       speaks_(speaks),
-      listener_(checked(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket")) {
-  sockaddr_in local = socket_address(address, 0);
-  socklen_t length = sizeof local;
-  checked(::bind(listener_.get(), reinterpret_cast<const sockaddr*>(&local), length), "bind " + address);
+      listener_(checked(::socket(Endpoint(address, 0).family(), SOCK_STREAM | SOCK_CLOEXEC, 0), "socket")) {
+  const Endpoint local(address, 0);
+  checked(::bind(listener_.get(), local.address(), local.length()), "bind " + address);
   checked(::listen(listener_.get(), backlog), "listen");
-  checked(::getsockname(listener_.get(), reinterpret_cast<sockaddr*>(&local), &length), "getsockname");
-  port_ = ntohs(local.sin_port);
+  port_ = bound_port(listener_.get());
   std::latch started(1);
   thread_ = std::thread([&started, this] {
     started.count_down();
@@ -85,6 +92,38 @@ void NamedServer::answer(int connection) const {
       read_request(connection);
       return send_all(connection, "HTTP/1.0 200 OK\r\nContent-Length: " + std::to_string(name_.size()) +
                                       "\r\nConnection: close\r\n\r\n" + name_);
+  }
+}
+
+NamedUdpServer::NamedUdpServer(std::string name, const std::string& address)
+    : name_(std::move(name)),
+      address_(address),
+      socket_(checked(::socket(Endpoint(address, 0).family(), SOCK_DGRAM | SOCK_CLOEXEC, 0), "socket")) {
+  const Endpoint local(address, 0);
+  checked(::bind(socket_.get(), local.address(), local.length()), "bind " + address);
+  port_ = bound_port(socket_.get());
+  std::latch started(1);
+  thread_ = std::thread([&started, this] {
+    started.count_down();
+    serve();
+  });
+  started.wait();
+}
+
+NamedUdpServer::~NamedUdpServer() {
+  ::shutdown(socket_.get(), SHUT_RDWR);  // ENOTCONN, but wakes recvfrom()
+  thread_.join();
+}
+
+void NamedUdpServer::serve() const {
+  for (;;) {
+    char request[64];
+    sockaddr_storage from{};
+    socklen_t length = sizeof from;
+    const ssize_t size =
+        ::recvfrom(socket_.get(), request, sizeof request, 0, reinterpret_cast<sockaddr*>(&from), &length);
+    if (size <= 0) return;
+    (void)!::sendto(socket_.get(), name_.data(), name_.size(), 0, reinterpret_cast<sockaddr*>(&from), length);
   }
 }
 

@@ -45,4 +45,25 @@ class NamedServer {
   std::thread thread_;
 };
 
+/// The same for UDP: answers each datagram with its name, from the address that it was bound to.
+class NamedUdpServer {
+ public:
+  explicit NamedUdpServer(std::string name, const std::string& address = "127.0.0.1");
+  ~NamedUdpServer();
+  NamedUdpServer(const NamedUdpServer&) = delete;
+  NamedUdpServer& operator=(const NamedUdpServer&) = delete;
+
+  const std::string& address() const { return address_; }
+  std::uint16_t port() const { return port_; }
+
+ private:
+  void serve() const;
+
+  std::string name_;
+  std::string address_;
+  std::uint16_t port_ = 0;
+  Fd socket_;
+  std::thread thread_;
+};
+
 }  // namespace support

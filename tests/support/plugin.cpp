@@ -49,11 +49,15 @@ Plugin::Plugin()
       load_text(find<decltype(load_text)>("clusterip_load_text")),
       check_text(find<decltype(check_text)>("clusterip_check_text")),
       set_backends(find<decltype(set_backends)>("clusterip_set_backends")),
+      set_backend_state(find<decltype(set_backend_state)>("clusterip_set_backend_state")),
       attach(find<decltype(attach)>("clusterip_attach")),
       detach(find<decltype(detach)>("clusterip_detach")),
       resolve(find<decltype(resolve)>("clusterip_resolve")),
       visit_services(find<decltype(visit_services)>("clusterip_visit_services")),
       canary(find<decltype(canary)>("clusterip_canary")),
+      original_destination(find<decltype(original_destination)>("clusterip_original_destination")),
+      event_fd(find<decltype(event_fd)>("clusterip_event_fd")),
+      read_events(find<decltype(read_events)>("clusterip_read_events")),
       close(find<decltype(close)>("clusterip_close")) {}
 
 void Plugin::Close::operator()(void* library) const { ::dlclose(library); }
@@ -120,6 +124,21 @@ Outcome Handle::set_backends(const std::string& service, const std::vector<Backe
   return outcome(plugin_.set_backends(get(), service.c_str(), elements.data(), elements.size(), &error), error);
 }
 
+Outcome Handle::set_backend_state(const std::string& service, const std::string& address, std::uint16_t port,
+                                  std::uint32_t state) {
+  const Endpoint backend(address, port);
+  clusterip_error error = new_error();
+  return outcome(plugin_.set_backend_state(get(), service.c_str(), backend.address(), backend.length(), state, &error),
+                 error);
+}
+
+std::string Handle::original_destination(int socket) {
+  sockaddr_storage vip{};
+  if (const int code = plugin_.original_destination(get(), socket, &vip, nullptr); code != 0)
+    return ::strerrorname_np(-code);
+  return text_of(vip);
+}
+
 Outcome Handle::attach() {
   clusterip_error error = new_error();
   return outcome(plugin_.attach(get(), &error), error);
@@ -136,13 +155,11 @@ Outcome Handle::canary(clusterip_canary_result* seen) {
 }
 
 Outcome Handle::resolve(const std::string& vip, std::uint16_t port, clusterip_resolution& seen, int protocol) {
-  const sockaddr_in address = socket_address(vip, port);
+  const Endpoint address(vip, port);
   seen = {};
   seen.size = sizeof seen;
   clusterip_error error = new_error();
-  return outcome(
-      plugin_.resolve(get(), reinterpret_cast<const sockaddr*>(&address), sizeof address, protocol, &seen, &error),
-      error);
+  return outcome(plugin_.resolve(get(), address.address(), address.length(), protocol, &seen, &error), error);
 }
 
 std::vector<SeenService> Handle::visit() {
@@ -166,14 +183,16 @@ std::vector<SeenService> Handle::visit() {
                             service->engine,
                             service->connects,
                             service->refused,
+                            service->live,
+                            service->reversed,
                             {}});
         services.back().backends.reserve(service->backends);
         return 0;
       }
       require(backend->size == sizeof *backend, "a backend of another size");
       require(!services.empty() && services.back().name == service->name, "a backend before its service");
-      services.back().backends.push_back(
-          {backend->address, backend->port, backend->weight, backend->state, backend->connects});
+      services.back().backends.push_back({backend->address, backend->port, backend->weight, backend->state,
+                                          backend->connects, backend->live, backend->reversed});
       return 0;
     } catch (...) {
       thrown = std::current_exception();

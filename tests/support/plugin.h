@@ -44,11 +44,15 @@ class Plugin {
   decltype(&clusterip_load_text) load_text;
   decltype(&clusterip_check_text) check_text;
   decltype(&clusterip_set_backends) set_backends;
+  decltype(&clusterip_set_backend_state) set_backend_state;
   decltype(&clusterip_attach) attach;
   decltype(&clusterip_detach) detach;
   decltype(&clusterip_resolve) resolve;
   decltype(&clusterip_visit_services) visit_services;
   decltype(&clusterip_canary) canary;
+  decltype(&clusterip_original_destination) original_destination;
+  decltype(&clusterip_event_fd) event_fd;
+  decltype(&clusterip_read_events) read_events;
   decltype(&clusterip_close) close;
 };
 
@@ -79,6 +83,8 @@ struct SeenBackend {
   std::uint32_t weight = 0;
   std::uint32_t state = 0;
   std::uint64_t connects = 0;
+  std::uint64_t live = 0;
+  std::uint64_t reversed = 0;
 };
 
 struct SeenService {
@@ -92,6 +98,8 @@ struct SeenService {
   std::uint32_t engine = 0;
   std::uint64_t connects = 0;
   std::uint64_t refused = 0;
+  std::uint64_t live = 0;
+  std::uint64_t reversed = 0;
   std::vector<SeenBackend> backends;
 };
 
@@ -110,6 +118,12 @@ class Handle {
   Outcome load(std::string_view text, const char* name = "test.toml");
   Outcome load_file(const std::string& path);
   Outcome set_backends(const std::string& service, const std::vector<Backend>& backends);
+  Outcome set_backend_state(const std::string& service, const std::string& address, std::uint16_t port,
+                            std::uint32_t state);
+
+  /// "10.96.0.1:80", or the name of the errno.
+  std::string original_destination(int socket);
+
   Outcome attach();
   Outcome detach();
   Outcome canary(clusterip_canary_result* seen = nullptr);

@@ -16,12 +16,13 @@ std::string toml(const std::vector<Service>& services, Limits limits) {
   std::string text = fmt::format("[limits]\nservices = {}\nbackends = {}\n", limits.services, limits.backends);
   if (limits.flows != 0) text += fmt::format("flows = {}\n", limits.flows);
   for (const Service& service : services) {
-    text += fmt::format("\n[[service]]\nname = \"{}\"\nvip = \"{}\"\nport = {}\nno_backend = \"{}\"\nbackends = [\n",
-                        service.name, service.vip, service.port, service.no_backend);
+    text +=
+        fmt::format("\n[[service]]\nname = \"{}\"\nvip = \"{}\"\nport = {}\nno_backend = \"{}\"\n{}\nbackends = [\n",
+                    service.name, service.vip, service.port, service.no_backend, service.more);
     for (const Backend& backend : service.backends)
       text += fmt::format("  {{ address = \"{}\", port = {}, weight = {}, state = \"{}\" }},\n", backend.address,
                           backend.port, backend.weight, backend.state);
-    text += "]\n" + service.more;
+    text += "]\n";
   }
   return text;
 }

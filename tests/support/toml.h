@@ -16,6 +16,10 @@ struct Backend {
   std::string state = "active";
 };
 
+inline Backend backend(const NamedUdpServer& server, std::uint32_t weight = 1, std::string state = "active") {
+  return {server.address(), server.port(), weight, std::move(state)};
+}
+
 inline Backend backend(const NamedServer& server, std::uint32_t weight = 1, std::string state = "active") {
   return {server.address(), server.port(), weight, std::move(state)};
 }

@@ -16,7 +16,7 @@
 			if (block_) {                                                  \
 				(service_)->record = block_->header.record;            \
 				(service_)->header = header_;                          \
-				(service_)->slots = (__u32)block_->header.reserved;    \
+				(service_)->slots = block_->header.mark;             \
 				verdict_ = REWRITTEN;                                  \
 			}                                                              \
 		}                                                                      \

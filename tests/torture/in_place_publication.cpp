@@ -8,7 +8,7 @@
 namespace plugin {
 
 void publish(const Maps& maps, const Key& key, std::uint32_t /*record*/, const Block& block) {
-  maps.slots()[block.header].header.reserved = block.slots;
+  maps.slots()[block.header].header.mark = block.slots;  // that it is no mark, its flags say
   bpf_map_update_elem(maps.fds().front().get(), &key, &block.header, BPF_ANY);
 }
 

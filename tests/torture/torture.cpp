@@ -121,6 +121,7 @@ std::string name_of(std::uint32_t service) { return "svc" + std::to_string(servi
 /// All stable services, and about half of the others.
 config::Config some_services(std::minstd_rand& random) {
   config::Config config;
+  config.engine.peer_names = false;  // getpeername() tells which backend it was
   for (std::uint32_t i = 0; i < services; ++i) {
     if (i >= stable_services && random() % 2 == 0) {
       continue;
@@ -130,6 +131,7 @@ config::Config some_services(std::minstd_rand& random) {
     service.vip = boost::asio::ip::make_address_v4(vip_of(i));
     service.port = port_of(i);
     service.protocol = config::Protocol::udp;
+    service.on_remove = config::OnRemove::keep;  // ending sockets takes longer than publishing
     service.backends = some_backends(i, random);
     config.services.push_back(std::move(service));
   }

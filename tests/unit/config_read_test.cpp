@@ -490,6 +490,20 @@ TEST(ReadConfig, ReadsEveryKeyOfTheSchema) {
   EXPECT_EQ(service.backends[1].state, BackendState::drain);
 }
 
+TEST(ReadConfig, RefusesAProxyHeaderForDatagrams) {
+  const auto read = [](std::string_view protocol, std::string_view header) {
+    return read_config(fmt::format("[[service]]\nname = \"a\"\nvip = \"10.0.0.1\"\nport = 80\nproxy_protocol = \"{}\"\n"
+                                   "protocol = \"{}\"\nbackends = []\n",
+                                   header, protocol),
+                       Carrier::userspace);
+  };
+  EXPECT_TRUE(read("tcp", "v2"));
+  EXPECT_TRUE(read("udp", "none"));
+  const auto refused = read("udp", "v2");
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(lines_of(refused.error()), Lines{"5:1: service \"a\": proxy_protocol: not supported by this version"});
+}
+
 TEST(ReadConfig, RefusesWhatThisVersionDoesNotSupport) {
   const std::string label = "service \"ns/web:http\": ";
   Lines expected;
@@ -499,30 +513,13 @@ TEST(ReadConfig, RefusesWhatThisVersionDoesNotSupport) {
   for (const auto& [line, key] : std::initializer_list<std::pair<int, std::string>>{
            {2, "engine.mode"},
            {5, "engine.on_exit"},
-           {6, "engine.peer_names"},
            {7, "engine.watch"},
-           {8, "engine.control"},
-           {12, "limits.flows"},
-           {14, "userspace.threads"},
-           {15, "userspace.connect_timeout"},
-           {16, "userspace.idle_timeout"},
-           {17, "userspace.drain_timeout"},
-           {18, "userspace.udp_timeout"},
-           {19, "userspace.local_vips"},
-           {20, "userspace.allow_from"},
            {22, "metrics.listen"},
-           {25, label + "vip"},
-           {27, label + "protocol"},
-           {28, label + "policy"},
-           {29, label + "affinity"},
-           {30, label + "client"},
            {31, label + "panic"},
-           {32, label + "mark"},
            {33, label + "proxy_protocol"},
            {35, label + "engine"},
            {36, label + "health"},
            {37, label + "eject"},
-           {38, label + "on_remove"},
        })
     refused(line, key);
   EXPECT_EQ(mistakes_of(every_key), expected);

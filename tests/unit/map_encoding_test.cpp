@@ -72,7 +72,7 @@ TEST(MapEncoding, GivesSlotsToActiveBackendsOnly) {
   ASSERT_EQ(plugin::block_size(service), 3u);
   const std::vector<std::uint32_t> indices = {100, 200, 300};
   std::vector<block_entry> block(3);
-  plugin::encode_block(service, 7, indices, block);
+  plugin::encode_block(service, 7, indices, false, block);
 
   EXPECT_EQ(block[0].header.record, 7u);
   EXPECT_EQ(block[0].header.no_backend, NO_BACKEND_UNREACHABLE);
@@ -94,7 +94,7 @@ TEST(MapEncoding, MakesABlockOfOneHeaderForAServiceWithoutBackends) {
   service.no_backend = config::NoBackend::pass;
   ASSERT_EQ(plugin::block_size(service), 1u);
   std::vector<block_entry> block(1);
-  plugin::encode_block(service, 1, {}, block);
+  plugin::encode_block(service, 1, {}, false, block);
   EXPECT_EQ(block[0].header.no_backend, NO_BACKEND_PASS);
 }
 

@@ -40,8 +40,24 @@ TEST(IndexPool, KeepsRetiredIndicesUntilTheyAreReclaimed) {
   pool.retire(*index);
   EXPECT_FALSE(pool.take());
   EXPECT_EQ(pool.retired(), 1u);
-  pool.reclaim();
+  pool.reclaim([](std::uint32_t) { return false; });
   EXPECT_EQ(pool.take(), index);
+}
+
+TEST(IndexPool, HoldsIndicesThatAreNotOver) {
+  IndexPool pool(2, {});
+  const auto first = pool.take();
+  const auto second = pool.take();
+  pool.retire(*first);
+  pool.retire(*second);
+  pool.reclaim([&](std::uint32_t index) { return index == *first; });
+  EXPECT_EQ(pool.retired(), 0u) << "a grace period would not free it";
+  EXPECT_EQ(pool.take(), second);
+  EXPECT_FALSE(pool.take());
+  ASSERT_EQ(pool.held().size(), 1u);
+  pool.reclaim([](std::uint32_t) { return false; });
+  EXPECT_TRUE(pool.held().empty());
+  EXPECT_EQ(pool.take(), first);
 }
 
 TEST(ExtentPool, KeepsRetiredExtentsUntilTheyAreReclaimed) {

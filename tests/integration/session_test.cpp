@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// What is remembered of a socket: the name of its peer, its flows, and that it counts at its backend.
+#include <sys/socket.h>
+#include <sys/wait.h>
+
+#include <csignal>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "tests/support/fixture.h"
+
+namespace {
+
+using namespace support;
+
+constexpr const char* udp = "protocol = \"udp\"";
+
+class Session : public Integration {
+ protected:
+  static std::string local(const NamedServer& server) { return server.address() + ":" + std::to_string(server.port()); }
+
+  static void disconnect(int fd) {
+    sockaddr nowhere{};
+    nowhere.sa_family = AF_UNSPEC;
+    ASSERT_EQ(::connect(fd, &nowhere, sizeof nowhere), 0);
+  }
+
+  static std::uint64_t live(Handle& handle, std::size_t service = 0) { return handle.visit().at(service).live; }
+};
+
+TEST_F(Session, PeerIsTheVipAndSoIsTheOriginalDestination) {
+  const NamedServer server("server");
+  Handle handle = serve(toml({{"web", "10.96.0.1", 80, {backend(server)}}}));
+  const Fd fd = tcp_socket();
+  ASSERT_EQ(connect_errno(fd.get(), "10.96.0.1", 80), 0);
+  EXPECT_EQ(peer_of(fd.get()), "10.96.0.1:80");
+  EXPECT_EQ(handle.original_destination(fd.get()), "10.96.0.1:80");
+  EXPECT_EQ(handle.visit().at(0).reversed, 1u);
+
+  const Fd plain = tcp_socket();
+  EXPECT_EQ(handle.original_destination(plain.get()), "ENOENT");
+  EXPECT_EQ(handle.original_destination(-1), "EBADF");
+}
+
+TEST_F(Session, WithoutPeerNamesThePeerIsTheBackend) {
+  const NamedServer server("server");
+  Handle handle = serve("[engine]\npeer_names = false\n" + toml({{"web", "10.96.0.1", 80, {backend(server)}}}));
+  const Fd fd = tcp_socket();
+  ASSERT_EQ(connect_errno(fd.get(), "10.96.0.1", 80), 0);
+  EXPECT_EQ(peer_of(fd.get()), local(server));
+  EXPECT_EQ(handle.original_destination(fd.get()), "ENOENT") << "nothing is kept where nothing needs it";
+
+  ASSERT_TRUE(ok(handle.load(toml({{"web", "10.96.0.1", 80, {backend(server)}}}))));
+  const Fd named = tcp_socket();
+  ASSERT_EQ(connect_errno(named.get(), "10.96.0.1", 80), 0);
+  EXPECT_EQ(peer_of(named.get()), "10.96.0.1:80") << "a reload attaches the hooks that it needs";
+}
+
+TEST_F(Session, FollowsTheSocketToAnotherVipAndToAPlainAddress) {
+  const NamedUdpServer one("one"), two("two", "127.0.0.2");
+  Handle handle = serve(toml({{"first", "10.96.0.1", 53, {backend(one)}, "refuse", udp},
+                              {"second", "10.96.0.2", 53, {backend(two)}, "refuse", udp},
+                              {"shared", "10.96.0.3", 53, {backend(one)}, "refuse", udp}}));
+  const Fd fd = udp_socket();
+  ASSERT_EQ(connect_errno(fd.get(), "10.96.0.1", 53), 0);
+  EXPECT_EQ(peer_of(fd.get()), "10.96.0.1:53");
+  ASSERT_EQ(connect_errno(fd.get(), "10.96.0.2", 53), 0);
+  EXPECT_EQ(peer_of(fd.get()), "10.96.0.2:53");
+  ASSERT_EQ(connect_errno(fd.get(), "10.96.0.3", 53), 0);
+  EXPECT_EQ(peer_of(fd.get()), "10.96.0.3:53") << "two VIPs share a backend, not a socket";
+  ASSERT_EQ(connect_errno(fd.get(), one.address(), one.port()), 0);
+  EXPECT_EQ(peer_of(fd.get()), one.address() + ":" + std::to_string(one.port())) << "asked for by its own address";
+  EXPECT_EQ(handle.original_destination(fd.get()), "ENOENT");
+  disconnect(fd.get());
+  EXPECT_EQ(peer_of(fd.get()), "ENOTCONN");
+}
+
+TEST_F(Session, BackendOnTheAddressOfItsVipIsNamed) {
+  const NamedServer server("server", "127.0.0.9");
+  Handle handle = serve(toml({{"web", "127.0.0.9", 80, {backend(server)}}}));
+  const Fd fd = tcp_socket();
+  ASSERT_EQ(connect_errno(fd.get(), "127.0.0.9", 80), 0);
+  EXPECT_EQ(peer_of(fd.get()), "127.0.0.9:80");
+}
+
+TEST_F(Session, SurvivesNewMaps) {
+  const NamedServer server("server");
+  const NamedUdpServer udp_server("udp");
+  std::vector<Service> services = {{"a", "10.96.0.1", 80, {backend(server)}},
+                                   {"b", "10.96.0.1", 53, {backend(udp_server)}, "refuse", udp}};
+  Handle handle = serve(toml(services));
+  const Fd fd = tcp_socket();
+  ASSERT_EQ(connect_errno(fd.get(), "10.96.0.1", 80), 0);
+  const Fd flow = udp_socket();
+  ASSERT_EQ(exchange(flow.get(), "10.96.0.1", 53), "udp from 10.96.0.1:53");
+
+  const auto more = more_services(200, backend(server));
+  services.insert(services.end(), more.begin(), more.end());
+  ASSERT_TRUE(ok(handle.load(toml(services))));
+  EXPECT_EQ(peer_of(fd.get()), "10.96.0.1:80");
+  EXPECT_EQ(live(handle), 1u);
+  EXPECT_EQ(exchange(flow.get(), "10.96.0.1", 53), "udp from 10.96.0.1:53");
+  EXPECT_EQ(handle.visit().at(1).connects, 1u) << "the flow was kept";
+}
+
+TEST_F(Session, CountsLiveConnectionsUntilTheyEnd) {
+  const NamedServer server("server");
+  Handle handle = serve(toml({{"web", "10.96.0.1", 80, {backend(server)}}}));
+  {
+    const Fd one = tcp_socket(), two = tcp_socket();
+    ASSERT_EQ(connect_errno(one.get(), "10.96.0.1", 80), 0);
+    ASSERT_EQ(connect_errno(two.get(), "10.96.0.1", 80), 0);
+    EXPECT_EQ(live(handle), 2u);
+    EXPECT_EQ(handle.visit().at(0).backends.at(0).live, 2u);
+  }
+  EXPECT_EQ(live(handle), 0u);
+}
+
+TEST_F(Session, ConnectThatFailsCountsNoLonger) {
+  Handle handle = serve(toml({{"web", "10.96.0.1", 80, {{"127.0.0.1", 1}}}}));
+  const Fd fd = tcp_socket();
+  EXPECT_EQ(connect_errno(fd.get(), "10.96.0.1", 80), ECONNREFUSED) << "nobody listens there";
+  EXPECT_EQ(live(handle), 0u) << "though the socket is still open";
+}
+
+TEST_F(Session, NextConnectGivesBack) {
+  const NamedUdpServer one("one"), two("two", "127.0.0.2");
+  Handle handle = serve(toml(
+      {{"a", "10.96.0.1", 53, {backend(one)}, "refuse", udp}, {"b", "10.96.0.2", 53, {backend(two)}, "refuse", udp}}));
+  const Fd fd = udp_socket();
+  ASSERT_EQ(connect_errno(fd.get(), "10.96.0.1", 53), 0);
+  EXPECT_EQ(live(handle, 0), 1u);
+  ASSERT_EQ(connect_errno(fd.get(), "10.96.0.2", 53), 0);
+  EXPECT_EQ(live(handle, 0), 0u);
+  EXPECT_EQ(live(handle, 1), 1u);
+}
+
+TEST_F(Session, KilledClientGivesBack) {
+  const NamedServer server("server");
+  Handle handle = serve(toml({{"web", "10.96.0.1", 80, {backend(server)}}}));
+  Child client([](const Channel& channel) {
+    const Fd fd = tcp_socket();
+    require(connect_errno(fd.get(), "10.96.0.1", 80) == 0, "not connected");
+    channel.tell('c');
+    channel.hear();
+  });
+  client.channel().hear();
+  EXPECT_EQ(live(handle), 1u);
+  client.kill();
+  client.wait();
+  EXPECT_EQ(live(handle), 0u);
+}
+
+TEST_F(Session, FlowKeepsItsBackendUntilThatLeaves) {
+  const NamedUdpServer one("one"), two("two", "127.0.0.2");
+  const Service both{"dns", "10.96.0.1", 53, {backend(one), backend(two)}, "refuse", udp};
+  Handle handle = serve(toml({both}));
+  const Fd fd = udp_socket();
+  const std::string first = exchange(fd.get(), "10.96.0.1", 53);
+  for (int i = 0; i < 50; ++i) ASSERT_EQ(exchange(fd.get(), "10.96.0.1", 53), first);
+  EXPECT_EQ(handle.visit().at(0).connects, 1u);
+
+  const bool was_one = first.starts_with("one");
+  ASSERT_TRUE(ok(handle.set_backends("dns", {backend(was_one ? two : one)})));
+  EXPECT_EQ(exchange(fd.get(), "10.96.0.1", 53), (was_one ? "two" : "one") + std::string(" from 10.96.0.1:53"))
+      << "the socket has its port still";
+}
+
+TEST_F(Session, FlowsOfOneSocketAreToldApart) {
+  const NamedUdpServer one("one"), two("two", "127.0.0.2");
+  const Handle handle = serve(toml(
+      {{"a", "10.96.0.1", 53, {backend(one)}, "refuse", udp}, {"b", "10.96.0.2", 53, {backend(two)}, "refuse", udp}}));
+  const Fd fd = udp_socket();
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(exchange(fd.get(), "10.96.0.1", 53), "one from 10.96.0.1:53");
+    EXPECT_EQ(exchange(fd.get(), "10.96.0.2", 53), "two from 10.96.0.2:53");
+    EXPECT_EQ(exchange(fd.get(), two.address(), two.port()), "two from 10.96.0.2:53")
+        << "the reply of a backend that is also asked for by its VIP";
+  }
+}
+
+TEST_F(Session, SendtoOnAConnectedSocketGoesToItsBackend) {
+  const NamedUdpServer one("one"), two("two", "127.0.0.2");
+  const Handle handle = serve(toml({{"dns", "10.96.0.1", 53, {backend(one), backend(two)}, "refuse", udp}}));
+  for (int i = 0; i < 20; ++i) {
+    const Fd fd = udp_socket();
+    ASSERT_EQ(connect_errno(fd.get(), "10.96.0.1", 53), 0);
+    ASSERT_EQ(::send(fd.get(), "x", 1, 0), 1);
+    const std::string first = receive(fd.get());
+    EXPECT_EQ(exchange(fd.get(), "10.96.0.1", 53), first);
+  }
+}
+
+TEST_F(Session, ConnectedUdpSocketOfABackendThatLeftIsEnded) {
+  clusterip_capabilities can{};
+  can.size = sizeof can;
+  ASSERT_EQ(plugin().probe(&can, nullptr), 0);
+  if ((can.can & CLUSTERIP_CAN_DESTROY) == 0) GTEST_SKIP() << "this kernel cannot end sockets";
+
+  const NamedUdpServer one("one"), two("two", "127.0.0.2"), plain("plain", "127.0.0.3");
+  Handle handle =
+      serve(toml({{"a", "10.96.0.1", 53, {backend(one)}, "refuse", udp},
+                  {"b", "10.96.0.2", 53, {backend(two)}, "refuse", udp},
+                  {"c", "10.96.0.3", 53, {backend(one)}, "refuse", std::string(udp) + "\non_remove = \"keep\""}}));
+  const Fd pointing = udp_socket(), other = udp_socket(), direct = udp_socket(), moved = udp_socket(),
+           kept = udp_socket();
+  ASSERT_EQ(connect_errno(pointing.get(), "10.96.0.1", 53), 0);
+  ASSERT_EQ(connect_errno(other.get(), "10.96.0.2", 53), 0);
+  ASSERT_EQ(connect_errno(direct.get(), one.address(), one.port()), 0);
+  ASSERT_EQ(connect_errno(moved.get(), "10.96.0.1", 53), 0);
+  ASSERT_EQ(connect_errno(moved.get(), plain.address(), plain.port()), 0);
+  ASSERT_EQ(connect_errno(kept.get(), "10.96.0.3", 53), 0);
+
+  ASSERT_TRUE(ok(handle.set_backends("a", {backend(two)})));
+  ASSERT_TRUE(ok(handle.set_backends("c", {backend(two)})));
+  EXPECT_EQ(receive(pointing.get()), "ECONNABORTED");
+  for (const Fd* spared : {&other, &direct, &moved, &kept}) {
+    ASSERT_EQ(::send(spared->get(), "x", 1, 0), 1);
+    EXPECT_NE(receive(spared->get()).find(" from "), std::string::npos);
+  }
+  EXPECT_EQ(handle.visit().at(0).reason, "");
+}
+
+TEST_F(Session, TcpOfABackendThatLeftGoesOnUnlessResetIsAsked) {
+  clusterip_capabilities can{};
+  can.size = sizeof can;
+  ASSERT_EQ(plugin().probe(&can, nullptr), 0);
+  if ((can.can & CLUSTERIP_CAN_DESTROY) == 0) GTEST_SKIP() << "this kernel cannot end sockets";
+
+  Fd listener(checked(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket"));
+  const Endpoint local_end("127.0.0.1", 7000);
+  ASSERT_EQ(::bind(listener.get(), local_end.address(), local_end.length()), 0);
+  ASSERT_EQ(::listen(listener.get(), 8), 0);
+  Handle handle = serve(toml({{"drain", "10.96.0.1", 80, {{"127.0.0.1", 7000}}},
+                              {"reset", "10.96.0.2", 80, {{"127.0.0.1", 7000}}, "refuse", "on_remove = \"reset\""}}));
+  const Fd drained = tcp_socket(), reset = tcp_socket();
+  ASSERT_EQ(connect_errno(drained.get(), "10.96.0.1", 80), 0);
+  const Fd drained_server(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
+  ASSERT_EQ(connect_errno(reset.get(), "10.96.0.2", 80), 0);
+  ASSERT_TRUE(ok(handle.set_backends("drain", {})));
+  ASSERT_TRUE(ok(handle.set_backends("reset", {})));
+  EXPECT_EQ(read_answer(reset.get()).error, ECONNABORTED);
+  ASSERT_EQ(::send(drained_server.get(), "live", 4, MSG_NOSIGNAL), 4);
+  char answer[8];
+  EXPECT_EQ(::recv(drained.get(), answer, sizeof answer, 0), 4);
+}
+
+}  // namespace
