@@ -46,6 +46,7 @@ const volatile __u32 can_cgroup_id = 0;
 const volatile __u32 can_events = 0;
 const volatile __u32 can_comm = 0;
 const volatile __u32 has_udp = 0; // whether there are UDP services
+const volatile __u32 has_sessions = 0; // whether any service remembers sockets, or has since the programs are attached
 const volatile __u32 filter_mask = 0; // bits of Filter_Map - 1
 const volatile __u32 stats_shard_mask = 0; // shards - 1
 const volatile __u32 stats_per_shard = 0;
@@ -546,9 +547,11 @@ static __always_inline void begin_session(struct bpf_sock_addr *ctx, const struc
 static __always_inline enum verdict decide_connect(struct bpf_sock_addr *ctx, const struct service_key *key,
 						   struct decision *decision)
 {
-	struct session *session = bpf_sk_storage_get(&Session_Map, ctx->sk, NULL, 0);
-	if (session)
-		end_session(ctx, session);
+	if (has_sessions) {
+		struct session *session = bpf_sk_storage_get(&Session_Map, ctx->sk, NULL, 0);
+		if (session)
+			end_session(ctx, session);
+	}
 	if (!may_be_vip(key->address))
 		return PASS;
 
@@ -560,7 +563,7 @@ static __always_inline enum verdict decide_connect(struct bpf_sock_addr *ctx, co
 	}
 	if (verdict == REWRITTEN)
 		verdict = choose(ctx, decision);
-	if (verdict == REWRITTEN && decision->flags & BLOCK_SESSION)
+	if (has_sessions && verdict == REWRITTEN && decision->flags & BLOCK_SESSION)
 		begin_session(ctx, key, decision);
 	tell(ctx, key, decision, verdict);
 	return verdict;

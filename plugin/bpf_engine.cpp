@@ -500,6 +500,8 @@ Result<void> BpfEngine::make_live(State& next) {
   const Capacity& capacity = next.maps.capacity();
   // What is attached but not needed any more goes on, over the same maps as the rest.
   const Hooks hooks = needed_hooks(*next.publisher) | attachment_.hooks();
+  // A kernel without sock_release cannot say by its hooks whether sockets are remembered.
+  const bool has_sessions = hooks.contains(Hook::release) || !can_.hooks.contains(Hook::release);
   auto programs = load_programs(hooks, Maps::names(), next.maps.fds(),
                                 {.can_set_errno = can_.set_errno,
                                  .can_mark = can_.mark,
@@ -508,6 +510,7 @@ Result<void> BpfEngine::make_live(State& next) {
                                  .can_events = can_.events && next.maps.events(),
                                  .can_comm = can_.comm,
                                  .has_udp = hooks.contains(Hook::recvmsg4),
+                                 .has_sessions = has_sessions,
                                  .filter_mask = capacity.filter_bits() - 1,
                                  .stats_shard_mask = capacity.shards - 1,
                                  .stats_per_shard = capacity.stats_per_shard(),

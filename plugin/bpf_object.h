@@ -31,6 +31,7 @@ struct ProgramConstants {
   bool can_events = false;
   bool can_comm = false;
   bool has_udp = false;
+  bool has_sessions = false;
   std::uint32_t filter_mask = 0;
   std::uint32_t stats_shard_mask = 0;
   std::uint32_t stats_per_shard = 0;

@@ -52,7 +52,7 @@ class Udp : public Proxied {};
 // --- what passes ----------------------------------------------------------------------------------------------------
 
 TEST_F(Udp, AnswersComeFromTheVip) {
-  const NamedUdpServer one("one");
+  const UdpServer one("one");
   FallbackProxy proxy(proxy_toml({udp({one.backend()})}));
   const UdpSocket client;
   client.send_to(vip, port, "?");
@@ -63,7 +63,7 @@ TEST_F(Udp, AnswersComeFromTheVip) {
 }
 
 TEST_F(Udp, AnswersReachConnectedClients) {
-  const NamedUdpServer one("one");
+  const UdpServer one("one");
   FallbackProxy proxy(proxy_toml({udp({one.backend()})}));
   const UdpSocket client;
   client.connect(vip, port);  // from now on the kernel drops what comes from elsewhere
@@ -73,7 +73,7 @@ TEST_F(Udp, AnswersReachConnectedClients) {
 
 TEST_F(Udp, WorksOverIpv6) {
   ip("-6 addr add fd00::1/128 dev lo nodad");
-  const NamedUdpServer six("six", "::1");
+  const UdpServer six("six", "::1");
   FallbackProxy proxy(proxy_toml({{"names", "fd00::1", port, {six.backend()}, "refuse", "protocol = \"udp\"\n"}}));
   const UdpSocket unconnected("::1");
   EXPECT_EQ(support::ask(unconnected, "fd00::1", port).name, "six");
@@ -157,7 +157,7 @@ TEST_F(Udp, ABackendMaySayMoreThanItIsAsked) {
 
 TEST_F(Udp, TcpAndUdpOfOnePortAreTwoServices) {
   const NamedServer tcp("tcp");
-  const NamedUdpServer datagrams("udp");
+  const UdpServer datagrams("udp");
   FallbackProxy proxy(proxy_toml({udp({datagrams.backend()}), {"stream", vip, port, {backend(tcp)}}}));
   const UdpSocket client;
   EXPECT_EQ(ask(client).name, "udp");
@@ -188,8 +188,8 @@ TEST_F(Udp, DigAsksADnsServer) {
 // --- flows ----------------------------------------------------------------------------------------------------------
 
 TEST_F(Udp, AClientKeepsItsBackend) {
-  const NamedUdpServer one("one");
-  const NamedUdpServer two("two");
+  const UdpServer one("one");
+  const UdpServer two("two");
   FallbackProxy proxy(proxy_toml({udp({one.backend(), two.backend()})}));
   std::set<std::string> names;
   for (int i = 0; i < 4; ++i) {
@@ -202,8 +202,8 @@ TEST_F(Udp, AClientKeepsItsBackend) {
 }
 
 TEST_F(Udp, AffinityKeepsAClientsFlowsTogether) {
-  const NamedUdpServer one("one");
-  const NamedUdpServer two("two");
+  const UdpServer one("one");
+  const UdpServer two("two");
   FallbackProxy proxy(proxy_toml({udp({one.backend(), two.backend()}, "affinity = \"1h\"\n")}));
   std::set<std::string> names;
   for (const char* address : {"127.0.7.1", "127.0.7.2"}) {
@@ -215,7 +215,7 @@ TEST_F(Udp, AffinityKeepsAClientsFlowsTogether) {
 }
 
 TEST_F(Udp, AnIdleFlowEnds) {
-  const NamedUdpServer one("one");
+  const UdpServer one("one");
   FallbackProxy proxy(proxy_toml({udp({one.backend()})}, {.udp_timeout = "200ms"}));
   const std::size_t before = proxy.open_files();
   const UdpSocket client;
@@ -251,7 +251,7 @@ TEST_F(Udp, AFlowIsNotIdleWhileTheClientSpeaks) {
 }
 
 TEST_F(Udp, AtTheBoundTheFlowIdleForLongestEnds) {
-  const NamedUdpServer one("one");
+  const UdpServer one("one");
   FallbackProxy proxy(proxy_toml({udp({one.backend()})}, {}, {.flows = 4}));
   std::array<UdpSocket, 5> clients;
   std::array<UdpAnswer, 4> first;
@@ -265,8 +265,8 @@ TEST_F(Udp, AtTheBoundTheFlowIdleForLongestEnds) {
 }
 
 TEST_F(Udp, AServiceThatHasAllFlowsGivesOthersSome) {
-  const NamedUdpServer one("one");
-  const NamedUdpServer two("two");
+  const UdpServer one("one");
+  const UdpServer two("two");
   Service other = udp({two.backend()});
   other.name = "other";
   other.vip = "127.0.1.2";
@@ -279,7 +279,7 @@ TEST_F(Udp, AServiceThatHasAllFlowsGivesOthersSome) {
 }
 
 TEST_F(Udp, FlowsLeaveDescriptorsToConnections) {
-  const NamedUdpServer one("one");
+  const UdpServer one("one");
   const NamedServer tcp("tcp");
   FallbackProxy proxy(proxy_toml({udp({one.backend()}), web({backend(tcp)})}), [] {
     const rlimit few{160, 160};
@@ -295,7 +295,7 @@ TEST_F(Udp, FlowsLeaveDescriptorsToConnections) {
 }
 
 TEST_F(Udp, SurvivesWithoutDescriptors) {
-  const NamedUdpServer one("one");
+  const UdpServer one("one");
   FallbackProxy proxy(proxy_toml({udp({one.backend()})}));
   const UdpSocket first;
   ask(first);
@@ -313,8 +313,8 @@ TEST_F(Udp, SurvivesWithoutDescriptors) {
 // --- backends that leave or refuse ----------------------------------------------------------------------------------
 
 TEST_F(Udp, FlowsOfABackendThatIsRemovedPickAnew) {
-  const NamedUdpServer one("one");
-  const NamedUdpServer two("two");
+  const UdpServer one("one");
+  const UdpServer two("two");
   for (const char* on_remove : {"drain", "reset"}) {
     const std::string more = fmt::format("on_remove = \"{}\"\n", on_remove);
     FallbackProxy proxy(proxy_toml({udp({one.backend()}, more)}));
@@ -326,8 +326,8 @@ TEST_F(Udp, FlowsOfABackendThatIsRemovedPickAnew) {
 }
 
 TEST_F(Udp, FlowsOfABackendThatDrainsPickAnew) {
-  const NamedUdpServer one("one");
-  const NamedUdpServer two("two");
+  const UdpServer one("one");
+  const UdpServer two("two");
   FallbackProxy proxy(proxy_toml({udp({one.backend()})}));
   const UdpSocket client;
   EXPECT_EQ(ask(client).name, "one");
@@ -338,8 +338,8 @@ TEST_F(Udp, FlowsOfABackendThatDrainsPickAnew) {
 }
 
 TEST_F(Udp, FlowsOfABackendThatIsRemovedMayBeKept) {
-  const NamedUdpServer one("one");
-  const NamedUdpServer two("two");
+  const UdpServer one("one");
+  const UdpServer two("two");
   const std::string keep = "on_remove = \"keep\"\n";
   FallbackProxy proxy(proxy_toml({udp({one.backend()}, keep)}));
   const UdpSocket client;
@@ -351,8 +351,8 @@ TEST_F(Udp, FlowsOfABackendThatIsRemovedMayBeKept) {
 }
 
 TEST_F(Udp, AReloadLeavesOtherFlowsAlone) {
-  const NamedUdpServer one("one");
-  const NamedUdpServer two("two");
+  const UdpServer one("one");
+  const UdpServer two("two");
   FallbackProxy proxy(proxy_toml({udp({one.backend()})}));
   const UdpSocket client;
   const UdpAnswer first = ask(client);
@@ -361,8 +361,8 @@ TEST_F(Udp, AReloadLeavesOtherFlowsAlone) {
 }
 
 TEST_F(Udp, AFlowWhoseBackendRefusesPicksAnother) {
-  NamedUdpServer one("one");
-  NamedUdpServer two("two");
+  UdpServer one("one");
+  UdpServer two("two");
   FallbackProxy proxy(proxy_toml({udp({one.backend(), two.backend()})}));
   const std::size_t before = proxy.open_files();
   const UdpSocket client;
@@ -374,7 +374,7 @@ TEST_F(Udp, AFlowWhoseBackendRefusesPicksAnother) {
 }
 
 TEST_F(Udp, ABackendThatRefusesOnceIsLeftAloneForAWhile) {
-  const NamedUdpServer one("one");
+  const UdpServer one("one");
   FallbackProxy proxy(proxy_toml({udp({nobody(), one.backend()})}));
   std::size_t lost = 0;
   for (int i = 0; i < 50; ++i) {
@@ -438,7 +438,7 @@ TEST_F(Udp, NobodyEverHearsItself) {
 // --- services without backends, and without a place -----------------------------------------------------------------
 
 TEST_F(Udp, AServiceWithoutActiveBackendRefuses) {
-  const NamedUdpServer one("one");
+  const UdpServer one("one");
   Backend draining = one.backend();
   draining.state = "drain";
   FallbackProxy proxy(proxy_toml({udp({draining})}));
@@ -456,8 +456,8 @@ TEST_F(Udp, AServiceWithoutActiveBackendRefuses) {
 }
 
 TEST_F(Udp, AServiceThatIsRemovedRefuses) {
-  const NamedUdpServer one("one");
-  const NamedUdpServer two("two");
+  const UdpServer one("one");
+  const UdpServer two("two");
   Service other = udp({two.backend()});
   other.name = "other";
   other.vip = "127.0.1.2";
@@ -474,7 +474,7 @@ TEST_F(Udp, AServiceThatIsRemovedRefuses) {
 }
 
 TEST_F(Udp, APlaceThatIsTakenIsThatServicesProblemAlone) {
-  const NamedUdpServer one("one");
+  const UdpServer one("one");
   const UdpSocket everywhere("0.0.0.0", 5300);
   Service taken = udp({one.backend()});
   taken.name = "taken";
@@ -608,7 +608,7 @@ TEST_F(Udp, NoFlowBeginsDuringTheEnd) {
 }
 
 TEST_F(Udp, WithoutFlowsTheEndComesAtOnce) {
-  const NamedUdpServer one("one");
+  const UdpServer one("one");
   FallbackProxy proxy(proxy_toml({udp({one.backend()})}));
   const Finished finished = proxy.terminate();
   EXPECT_EQ(finished.exit_code, 0);
@@ -616,7 +616,7 @@ TEST_F(Udp, WithoutFlowsTheEndComesAtOnce) {
 }
 
 TEST_F(Udp, ABusyFlowEndsAfterDrainTimeout) {
-  const NamedUdpServer one("one");
+  const UdpServer one("one");
   FallbackProxy proxy(proxy_toml({udp({one.backend()})}, {.drain_timeout = "500ms"}));
   const UdpSocket client;
   client.connect(vip, port);

@@ -117,19 +117,19 @@ std::ostream& operator<<(std::ostream& out, const UdpAnswer& answer) {
   return out << answer.name << " to port " << answer.seen_port;
 }
 
-NamedUdpServer::NamedUdpServer(std::string name, const std::string& address)
+UdpServer::UdpServer(std::string name, const std::string& address)
     : name_(std::move(name)), socket_(address), stopping_(checked(::eventfd(0, EFD_CLOEXEC), "eventfd")) {
   thread_ = std::thread([this] { serve(); });
 }
 
-void NamedUdpServer::stop() {
+void UdpServer::stop() {
   if (!thread_.joinable()) return;
   checked(::eventfd_write(stopping_.get(), 1), "eventfd_write");
   thread_.join();
   socket_.close();
 }
 
-void NamedUdpServer::serve() {
+void UdpServer::serve() {
   for (;;) {
     pollfd files[] = {{socket_.get(), POLLIN, 0}, {stopping_.get(), POLLIN, 0}};
     ::poll(files, 2, -1);

@@ -52,7 +52,7 @@ class UdpSocket {
   std::uint16_t port_ = 0;
 };
 
-/// What a NamedUdpServer said, and the port at which it saw who asked.
+/// What a UdpServer said, and the port at which it saw who asked.
 struct UdpAnswer {
   std::string name;
   std::uint16_t seen_port = 0;
@@ -61,12 +61,12 @@ struct UdpAnswer {
 std::ostream& operator<<(std::ostream& out, const UdpAnswer& answer);
 
 /// Answers each datagram with its name and the port that it came from.
-class NamedUdpServer {
+class UdpServer {
  public:
-  explicit NamedUdpServer(std::string name, const std::string& address = "127.0.0.1");
-  ~NamedUdpServer() { stop(); }
-  NamedUdpServer(const NamedUdpServer&) = delete;
-  NamedUdpServer& operator=(const NamedUdpServer&) = delete;
+  explicit UdpServer(std::string name, const std::string& address = "127.0.0.1");
+  ~UdpServer() { stop(); }
+  UdpServer(const UdpServer&) = delete;
+  UdpServer& operator=(const UdpServer&) = delete;
 
   const std::string& name() const { return name_; }
   Backend backend() const { return socket_.backend(); }
@@ -85,7 +85,7 @@ class NamedUdpServer {
   std::thread thread_;
 };
 
-/// Sends a datagram to where a NamedUdpServer is reached; the answer has to come from there.
+/// Sends a datagram to where a UdpServer is reached; the answer has to come from there.
 UdpAnswer ask(const UdpSocket& client, const std::string& address, std::uint16_t port);
 /// The same over and over until it is answered: datagrams may be lost.
 UdpAnswer ask_until_answered(const UdpSocket& client, const std::string& address, std::uint16_t port);
