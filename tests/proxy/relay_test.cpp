@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <fstream>
 #include <sstream>
 
 #include "tests/proxy/proxied.h"
@@ -23,6 +24,9 @@ bool is_blocked(const std::vector<int>& senders) {
   for (const int fd : senders) files.push_back({fd, POLLOUT, 0});
   return ::poll(files.data(), files.size(), 300) == 0;
 }
+
+/// So that little fits into them: how large they may become differs from system to system.
+void bound_kernel_buffers() { std::ofstream("/proc/sys/net/ipv4/tcp_rmem") << "4096 131072 4194304"; }
 
 class Relay : public Proxied {};
 
@@ -160,6 +164,7 @@ TEST_F(Relay, DoesNotResetAConnectionThatHasEndedInOrder) {
 }
 
 TEST_F(Relay, DoesNotSpinWhileOneSideIsSilent) {
+  bound_kernel_buffers();
   const TcpListener backend;
   FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
   const Connected half_closed = connect_through(backend);
@@ -170,7 +175,7 @@ TEST_F(Relay, DoesNotSpinWhileOneSideIsSilent) {
   EXPECT_EQ(receive_all(other_half_closed.client), "");
   const Connected blocked = connect_through(backend);
   auto sending = meanwhile([&] { send_stream(blocked.backend, 1, 32 * mebi); });
-  EXPECT_TRUE(eventually([&] { return is_blocked({blocked.backend.get()}); }));
+  EXPECT_TRUE(eventually([&] { return is_blocked({blocked.backend.get()}); }, std::chrono::seconds(30)));
   EXPECT_LT(load(proxy, std::chrono::milliseconds(500)), no_spin);
   receive_stream(blocked.client, 1, 32 * mebi);
   sending.get();
@@ -198,6 +203,7 @@ TEST_F(Relay, AsksOnBothSidesWhetherASilentPeerIsStillThere) {
 }
 
 TEST_F(Relay, HoldsLittleForAClientThatDoesNotRead) {
+  bound_kernel_buffers();
   const TcpListener backend;
   FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
   constexpr std::size_t count = 8;
@@ -211,7 +217,7 @@ TEST_F(Relay, HoldsLittleForAClientThatDoesNotRead) {
 
   std::vector<int> servers;
   for (const auto& connection : connections) servers.push_back(connection.backend.get());
-  EXPECT_TRUE(eventually([&] { return is_blocked(servers); }));
+  EXPECT_TRUE(eventually([&] { return is_blocked(servers); }, std::chrono::seconds(30)));
   // Of 256 MiB that are to come.
   EXPECT_LT(proxy.resident_bytes(), before + 16 * mebi);
 
