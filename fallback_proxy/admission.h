@@ -4,6 +4,7 @@
 // ever meets EMFILE.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -13,10 +14,22 @@ class Admission {
  public:
   /// `descriptors` are for all; at most `flows` of them for UDP flows.
   Admission(std::int64_t descriptors, std::int64_t flows)
-      : limit_(descriptors / per_connection), descriptors_(descriptors), flows_(flows) {}
+      : total_(descriptors), descriptors_(descriptors), flows_(flows) {}
 
   /// Connections, while there are no flows.
-  std::int64_t limit() const { return limit_; }
+  std::int64_t limit() const {
+    return std::max<std::int64_t>(total_.load(std::memory_order_relaxed), 0) / per_connection;
+  }
+
+  /// A listener takes a descriptor that connections would have, whether there is room or not.
+  void listener_opened() {
+    give_back(total_, -1);
+    give_back(descriptors_, -1);
+  }
+  void listener_closed() {
+    give_back(total_, 1);
+    give_back(descriptors_, 1);
+  }
 
   /// A place for a connection.
   bool take() { return take(descriptors_, per_connection); }
@@ -46,7 +59,7 @@ class Admission {
     free.fetch_add(count, std::memory_order_relaxed);
   }
 
-  const std::int64_t limit_;
+  std::atomic<std::int64_t> total_;
   std::atomic<std::int64_t> descriptors_;
   std::atomic<std::int64_t> flows_;
 };

@@ -160,6 +160,11 @@ Problems Proxy::apply(config::Config config) {
   }
   inherited_.clear();
   watch_leaving();
+  if (admission_.limit() == 0)
+    problems.push_back(
+        fmt::format("the {} file descriptors that are allowed leave none for connections: allow more "
+                    "(LimitNOFILE=, ulimit -n)",
+                    descriptor_limit()));
   return problems;
 }
 
@@ -221,6 +226,7 @@ void Proxy::open_listener(Served& served, Posts& posts) {
   }
   served.problem.clear();
   served.worker = &next_worker();
+  admission_.listener_opened();
   if (is_udp(*served.service)) {
     served.udp_listener =
         std::make_shared<UdpListener>(*served.worker, workers_, std::move(*socket), served.service, allowed_);
@@ -233,6 +239,7 @@ void Proxy::open_listener(Served& served, Posts& posts) {
 }
 
 void Proxy::close_listener(Served& served, bool accept_queued, Posts& posts) {
+  if (served.listener || served.udp_listener) admission_.listener_closed();
   if (served.listener) {
     posts.add(*served.worker,
               [listener = std::move(served.listener), accept_queued] { listener->stop(accept_queued); });

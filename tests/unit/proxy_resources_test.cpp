@@ -161,6 +161,19 @@ TEST(Admissions, AreSoManyAndNoMore) {
   EXPECT_FALSE(admission.take());
 }
 
+TEST(Admissions, LeaveRoomForListeners) {
+  Admission admission(4, 4);
+  admission.listener_opened();
+  EXPECT_EQ(admission.limit(), 1);
+  EXPECT_TRUE(admission.take());
+  EXPECT_FALSE(admission.take());
+  admission.listener_closed();
+  EXPECT_EQ(admission.limit(), 2);
+  EXPECT_TRUE(admission.take());
+  for (int i = 0; i < 5; ++i) admission.listener_opened();
+  EXPECT_EQ(admission.limit(), 0);
+}
+
 TEST(Admissions, OfFlowsLeaveRoomForConnections) {
   Admission admission(4, 2);
   EXPECT_TRUE(admission.take_flow());
