@@ -20,6 +20,15 @@ constexpr int backlog = 65535;
 
 }  // namespace
 
+std::unexpected<config::Error> binding_failed(int error, const SocketAddress& vip) {
+  auto failure = config::fail_errno(error, "binding " + vip.text());
+  if (error == EADDRINUSE)
+    failure.error().message += " (another program has it, or listens on all addresses: ss -tulnp shows it)";
+  if (error == EADDRNOTAVAIL) failure.error().message += " (the VIP is not an address of this host)";
+  if (error == EACCES) failure.error().message += " (ports below 1024 take CAP_NET_BIND_SERVICE)";
+  return failure;
+}
+
 config::Result<config::Fd> open_listening_socket(const config::Service& service) {
   const SocketAddress vip(service.vip, service.port);
   config::Fd socket(::socket(vip.family(), SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP));
@@ -30,9 +39,9 @@ config::Result<config::Fd> open_listening_socket(const config::Service& service)
   // What is accepted inherits these.
   set_no_delay(socket.get());
   set_keep_alive(socket.get());
-  const std::string text = vip.text();  // before errno is what matters
-  if (::bind(socket.get(), vip.get(), vip.length) != 0) return config::fail_errno(errno, "binding " + text);
-  if (::listen(socket.get(), backlog) != 0) return config::fail_errno(errno, "listening on " + text);
+  if (::bind(socket.get(), vip.get(), vip.length) != 0) return binding_failed(errno, vip);
+  // Another program may have the port by SO_REUSEADDR, and listen since.
+  if (::listen(socket.get(), backlog) != 0) return binding_failed(errno, vip);
   return socket;
 }
 

@@ -22,6 +22,9 @@ namespace userspace {
 
 using Workers = std::vector<std::unique_ptr<Worker>>;
 
+/// Why bind() failed, and what an operator can do about it. `error` is the errno.
+std::unexpected<config::Error> binding_failed(int error, const SocketAddress& vip);
+
 /// A listening socket on the service's VIP and port. The error says what the kernel said.
 config::Result<config::Fd> open_listening_socket(const config::Service& service);
 

@@ -145,7 +145,10 @@ class Program {
 
   void apply(config::Config config) {
     for (const std::string& problem : proxy_.apply(std::move(config))) spdlog::warn("{}", problem);
-    spdlog::info("serving {} services", proxy_.services());
+    if (proxy_.serving() == proxy_.services())
+      spdlog::info("serving {} services", proxy_.services());
+    else
+      spdlog::warn("serving {} of {} services", proxy_.serving(), proxy_.services());
     // The parser's tree is several times as large as what serves, and stays in the heap otherwise.
     ::malloc_trim(0);
   }
@@ -165,7 +168,7 @@ class Program {
   }
 
   void reload() {
-    if (is_ending_) return;
+    if (is_ending_) return spdlog::warn("{} is not read again: this process is ending", file_);
     auto config = read(file_);
     if (config)
       apply(std::move(*config));
@@ -224,14 +227,15 @@ int clean_up() {
   auto vips = LocalVips::open();
   if (!vips) {
     spdlog::error("{}", vips.error().message);
-    return unsupported;
+    return failed;
   }
   const auto removed = vips->reconcile({});
   if (!removed) {
     spdlog::error("{}", removed.error().message);
-    return failed;
+    return removed.error().code == -EPERM ? unsupported : failed;
   }
-  return fine;
+  for (const auto& failure : *removed) spdlog::error("vip {}: {}", failure.vip.to_string(), failure.reason);
+  return removed->empty() ? fine : failed;
 }
 
 int run(int argc, char** argv) {
@@ -245,11 +249,19 @@ int run(int argc, char** argv) {
       "version", "show the version");
   po::variables_map given;
   try {
-    po::store(po::command_line_parser(argc, argv)
-                  .options(options)
-                  .style(po::command_line_style::unix_style & ~po::command_line_style::allow_guessing)
-                  .run(),
-              given);
+    const auto parsed = po::command_line_parser(argc, argv)
+                            .options(options)
+                            .style(po::command_line_style::unix_style & ~po::command_line_style::allow_guessing)
+                            .run();
+    po::store(parsed, given);
+    if (const auto words = po::collect_unrecognized(parsed.options, po::include_positional); !words.empty()) {
+      fmt::print(stderr, "fallback_proxy: unexpected argument '{}' (see fallback_proxy --help)\n", words.front());
+      return usage;
+    }
+    if (given.contains("cleanup") + given["status"].as<bool>() + given["take-over"].as<bool>() > 1) {
+      fmt::print(stderr, "fallback_proxy: one of --cleanup, --status and --take-over at a time\n");
+      return usage;
+    }
   } catch (const po::error& error) {
     fmt::print(stderr, "fallback_proxy: {} (see fallback_proxy --help)\n", error.what());
     return usage;

@@ -94,6 +94,7 @@ class Proxy::Posts {
 
 Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
     : control_(control),
+      first_(first.userspace),
       admission_(descriptors_to_use(thread_count(first)), flow_limit(first, descriptors_to_use(thread_count(first)))),
       allowed_(std::make_shared<Allowed>(std::span<const std::string>(), own_addresses())),
       addresses_(control, [this] { allow(); }),
@@ -119,8 +120,10 @@ Proxy::~Proxy() {
 }
 
 Problems Proxy::apply(config::Config config) {
-  Problems problems;
+  Problems problems = late_changes(config.userspace);
   config_ = std::move(config);
+  if (config_.engine.mode == config::EngineMode::bpf)
+    problems.emplace_back("engine.mode is bpf, and this is the userspace engine: it serves all the same");
   std::set<SocketName> kept;
   for (const config::Service& settings : config_.services) {
     const SocketName key{settings.vip, settings.port, settings.protocol};
@@ -165,6 +168,21 @@ Problems Proxy::apply(config::Config config) {
         fmt::format("the {} file descriptors that are allowed leave none for connections: allow more "
                     "(LimitNOFILE=, ulimit -n)",
                     descriptor_limit()));
+  return problems;
+}
+
+/// What a reload does not change.
+Problems Proxy::late_changes(const config::Userspace& next) const {
+  Problems problems;
+  const config::Userspace& first = first_;
+  const auto note = [&](bool differs, const char* key) {
+    if (differs) problems.push_back(fmt::format("userspace.{}: takes effect at the next start", key));
+  };
+  note(next.threads != first.threads, "threads");
+  note(next.connect_timeout != first.connect_timeout, "connect_timeout");
+  note(next.idle_timeout != first.idle_timeout, "idle_timeout");
+  note(next.udp_timeout != first.udp_timeout, "udp_timeout");
+  note(next.local_vips != first.local_vips, "local_vips");
   return problems;
 }
 
@@ -219,6 +237,10 @@ config::Result<config::Fd> Proxy::socket_for(const Service& service) {
 }
 
 void Proxy::open_listener(Served& served, Posts& posts) {
+  if (admission_.limit() == 0) {
+    served.problem = "no file descriptor is left for it: allow more (LimitNOFILE=, ulimit -n)";
+    return;
+  }
   auto socket = socket_for(*served.service);
   if (!socket) {
     served.problem = socket.error().message;
@@ -270,15 +292,24 @@ Worker& Proxy::next_worker() { return *workers_[next_worker_++ % workers_.size()
 
 Problems Proxy::make_vips_local() {
   Problems problems;
-  if (!config_.userspace.local_vips || is_handing_over_) return problems;
+  if (!first_.local_vips || is_handing_over_) return problems;
   vip_problems_.clear();
+  vips_problem_.clear();
   if (!local_vips_) {
     auto opened = LocalVips::open();
-    if (!opened) return {opened.error().message};
+    if (!opened) {
+      vips_problem_ = opened.error().message;
+      return {vips_problem_};
+    }
     local_vips_.emplace(std::move(*opened));
   }
   auto failures = local_vips_->reconcile(vips());
-  if (!failures) return {failures.error().message};
+  if (!failures) {
+    vips_problem_ = failures.error().message;
+    // One that cannot must not keep another process from it.
+    if (failures.error().code == -EPERM) local_vips_.reset();
+    return {vips_problem_};
+  }
   for (const auto& failure : *failures) {
     problems.push_back(fmt::format("vip {}: {}", failure.vip.to_string(), failure.reason));
     vip_problems_.emplace(failure.vip, problems.back());
@@ -315,6 +346,11 @@ void Proxy::allow() {
     if (served.udp_listener)
       posts.add(*served.worker, [listener = served.udp_listener, allowed = allowed_] { listener->change(allowed); });
   }
+}
+
+std::size_t Proxy::serving() const {
+  return static_cast<std::size_t>(
+      std::ranges::count_if(served_, [](const auto& entry) { return entry.second.problem.empty(); }));
 }
 
 std::size_t Proxy::connections() const {
@@ -395,6 +431,7 @@ ServiceStatus Proxy::status_of(const config::Service& settings) const {
     status.reason = served.problem;
   else if (served.service->is_empty())
     status.reason = "no active backend";
+  if (!served.problem.empty() && !vips_problem_.empty()) status.reason += "; " + vips_problem_;
   if (vip_problem != vip_problems_.end()) status.reason += (status.reason.empty() ? "" : "; ") + vip_problem->second;
   const ServiceState& counted = *served.state;
   status.refused = counted.refused.load(std::memory_order_relaxed);

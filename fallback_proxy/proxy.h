@@ -65,7 +65,9 @@ class Proxy {
 
   Status status() const;
 
-  std::size_t services() const { return served_.size(); }
+  std::size_t services() const { return config_.services.size(); }
+  /// Those that have a socket, or no active backend to need one for.
+  std::size_t serving() const;
   std::size_t connections() const;
 
  private:
@@ -97,6 +99,7 @@ class Proxy {
   void reset_leaving(const Service& before, const Service* after, Posts& posts);
   Worker& next_worker();
   Problems make_vips_local();
+  Problems late_changes(const config::Userspace& next) const;
   void regain_vips();
   ServiceStatus status_of(const config::Service& settings) const;
   void watch_leaving();
@@ -105,6 +108,7 @@ class Proxy {
 
   boost::asio::io_context& control_;
   const std::chrono::system_clock::time_point since_ = std::chrono::system_clock::now();
+  const config::Userspace first_;  // some of it holds for good
   config::Config config_;
   Admission admission_;
   Workers workers_;
@@ -113,6 +117,7 @@ class Proxy {
   AddressWatch addresses_;
   std::optional<LocalVips> local_vips_;
   std::map<config::Address, std::string> vip_problems_;  // why it is not local by our doing
+  std::string vips_problem_;                             // the same for all of them
   std::map<SocketName, config::Fd> inherited_;           // and not used yet
   std::vector<config::Address> predecessor_vips_;
   bool is_handing_over_ = false;

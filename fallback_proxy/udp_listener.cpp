@@ -51,8 +51,7 @@ config::Result<config::Fd> open_udp_socket(const config::Service& service) {
     ::setsockopt(socket.get(), SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof receive_buffer);
   // Without SO_REUSEADDR: for UDP it would let a second socket take the first one's datagrams.
   if (::bind(socket.get(), vip.get(), vip.length) == 0) return socket;
-  const int error = errno;  // the text of the address may change it
-  return config::fail_errno(error, "binding " + vip.text());
+  return binding_failed(errno, vip);
 }
 
 std::size_t UdpListener::Hash::operator()(const UdpClient& client) const {
