@@ -38,6 +38,19 @@ void ip(const std::string& arguments) {
   if (finished.exit_code != 0) throw std::runtime_error("ip " + arguments + ": " + finished.err);
 }
 
+/// The kernel makes a new IPv6 address tentative for a moment, and its route a little later: until both are done, it
+/// loses what is sent there.
+bool arrives(const std::string& address) {
+  try {
+    const UdpSocket there(address);
+    const UdpSocket here("::1");
+    here.send_to(address, there.port(), "?");
+    return is_readable(there.get(), 100);
+  } catch (const std::system_error&) {
+    return false;
+  }
+}
+
 /// Asks by a connected socket: the kernel refuses. False when there is an answer, or none.
 bool is_refused(const UdpSocket& client) {
   client.send("?");
@@ -73,6 +86,7 @@ TEST_F(Udp, AnswersReachConnectedClients) {
 
 TEST_F(Udp, WorksOverIpv6) {
   ip("-6 addr add fd00::1/128 dev lo nodad");
+  EXPECT_TRUE(eventually([] { return arrives("fd00::1"); }));
   const UdpServer six("six", "::1");
   FallbackProxy proxy(proxy_toml({{"names", "fd00::1", port, {six.backend()}, "refuse", "protocol = \"udp\"\n"}}));
   const UdpSocket unconnected("::1");
@@ -101,7 +115,7 @@ TEST_F(Udp, TheLargestDatagramsPassWhole) {
   FallbackProxy proxy(proxy_toml({udp({server.backend()})}));
   const UdpSocket client;
   constexpr std::size_t largest = 65507;
-  for (const std::uint64_t seed : {1, 2, 3}) {
+  for (const std::uint64_t seed : {1U, 2U, 3U}) {
     client.send_to(vip, port, stream(seed, largest));
     const Datagram question = server.receive();
     EXPECT_TRUE(question.bytes == stream(seed, largest));

@@ -109,7 +109,7 @@ Datagram UdpSocket::receive() const {
 }
 
 int UdpSocket::error() const {
-  char byte;
+  char byte = 0;
   return ::recv(fd_.get(), &byte, sizeof byte, 0) < 0 ? errno : 0;
 }
 
