@@ -29,13 +29,19 @@ std::unexpected<config::Error> binding_failed(int error, const SocketAddress& vi
   return failure;
 }
 
-config::Result<config::Fd> open_listening_socket(const config::Service& service) {
+void allow_vip_by_route(int fd, const SocketAddress& vip) {
+  const int on = 1;
+  if (vip.family() == AF_INET6) ::setsockopt(fd, IPPROTO_IPV6, IPV6_FREEBIND, &on, sizeof on);
+}
+
+config::Result<config::Fd> open_listening_socket(const config::Service& service, bool is_by_route) {
   const SocketAddress vip(service.vip, service.port);
   config::Fd socket(::socket(vip.family(), SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP));
   if (!socket) return config::fail_errno(errno, "socket");
   const int on = 1;
   ::setsockopt(socket.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
   if (vip.family() == AF_INET6) ::setsockopt(socket.get(), IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+  if (is_by_route) allow_vip_by_route(socket.get(), vip);
   // What is accepted inherits these.
   set_no_delay(socket.get());
   set_keep_alive(socket.get());

@@ -25,8 +25,12 @@ using Workers = std::vector<std::unique_ptr<Worker>>;
 /// Why bind() failed, and what an operator can do about it. `error` is the errno.
 std::unexpected<config::Error> binding_failed(int error, const SocketAddress& vip);
 
-/// A listening socket on the service's VIP and port. The error says what the kernel said.
-config::Result<config::Fd> open_listening_socket(const config::Service& service);
+/// Lets the socket have a VIP that is local by a route alone: for IPv6, bind() looks for an address of a device.
+void allow_vip_by_route(int fd, const SocketAddress& vip);
+
+/// A listening socket on the service's VIP and port. `is_by_route`: the VIP is local by a route of ours. The error says
+/// what the kernel said.
+config::Result<config::Fd> open_listening_socket(const config::Service& service, bool is_by_route);
 
 class Listener : public std::enable_shared_from_this<Listener> {
  public:

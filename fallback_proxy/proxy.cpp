@@ -229,8 +229,10 @@ void Proxy::update(Served& served, std::shared_ptr<const Service> next, Posts& p
 config::Result<config::Fd> Proxy::socket_for(const Service& service) {
   const config::Service& settings = service.settings();
   const auto inherited = inherited_.find({settings.vip, settings.port, settings.protocol});
-  if (inherited == inherited_.end())
-    return is_udp(service) ? open_udp_socket(settings) : open_listening_socket(settings);
+  if (inherited == inherited_.end()) {
+    const bool is_by_route = local_vips_ && !vip_problems_.contains(settings.vip);
+    return is_udp(service) ? open_udp_socket(settings, is_by_route) : open_listening_socket(settings, is_by_route);
+  }
   config::Fd socket = std::move(inherited->second);
   inherited_.erase(inherited);
   return socket;

@@ -40,12 +40,13 @@ void add(std::atomic<std::uint64_t>& counter, std::uint64_t count) {
 
 }  // namespace
 
-config::Result<config::Fd> open_udp_socket(const config::Service& service) {
+config::Result<config::Fd> open_udp_socket(const config::Service& service, bool is_by_route) {
   const SocketAddress vip(service.vip, service.port);
   config::Fd socket(::socket(vip.family(), SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_UDP));
   if (!socket) return config::fail_errno(errno, "socket");
   const int on = 1;
   if (vip.family() == AF_INET6) ::setsockopt(socket.get(), IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+  if (is_by_route) allow_vip_by_route(socket.get(), vip);
   // Beyond net.core.rmem_max, where CAP_NET_ADMIN allows it.
   if (::setsockopt(socket.get(), SOL_SOCKET, SO_RCVBUFFORCE, &receive_buffer, sizeof receive_buffer) != 0)
     ::setsockopt(socket.get(), SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof receive_buffer);

@@ -25,7 +25,7 @@
 namespace userspace {
 
 /// A UDP socket on the service's VIP and port. The error says what the kernel said.
-config::Result<config::Fd> open_udp_socket(const config::Service& service);
+config::Result<config::Fd> open_udp_socket(const config::Service& service, bool is_by_route);
 
 class UdpListener : public std::enable_shared_from_this<UdpListener> {
  public:

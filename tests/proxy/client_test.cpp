@@ -85,6 +85,26 @@ TEST_F(ProxyProtocol, ComesBeforeAServerThatSpeaksFirst) {
 
 class Clients : public Proxied {};
 
+TEST_F(Clients, ReachVipsThatTheProxyMakesLocal) {
+  const TcpListener four, six("::1");
+  {
+    FallbackProxy proxy(proxy_toml({{"four", "10.96.0.1", 80, {four.backend()}},
+                                    {"six", "fd00:96::1", 80, {six.backend()}},
+                                    {"datagrams", "fd00:96::1", 53, {six.backend()}, "refuse", "protocol = \"udp\"\n"}},
+                                   {.local_vips = true}));
+    for (const auto& [address, listener] : {std::pair{"10.96.0.1", &four}, std::pair{"fd00:96::1", &six}}) {
+      SCOPED_TRACE(address);
+      const Fd client = dial(address, 80);
+      const Fd server = listener->accept();
+      send_all(client, "hello");
+      EXPECT_EQ(receive(server, 5), "hello");
+    }
+    EXPECT_EQ(proxy.terminate().exit_code, 0);
+  }
+  EXPECT_EQ(run({"ip", "route", "show", "table", "local", "proto", "96"}).out, "");
+  EXPECT_EQ(run({"ip", "-6", "route", "show", "table", "local", "proto", "96"}).out, "");
+}
+
 TEST_F(Clients, OverIpv6ReachIpv6Backends) {
   raise_loopback_v6();
   const TcpListener backend("::1");
