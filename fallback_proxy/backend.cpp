@@ -48,6 +48,13 @@ std::uint16_t SocketAddress::port() const {
 
 std::string SocketAddress::text() const { return config::to_text(address(), port()); }
 
+bool is_connected_to_itself(int fd, const SocketAddress& peer) {
+  SocketAddress own;
+  own.length = sizeof own.storage;
+  return ::getsockname(fd, &own.storage.any, &own.length) == 0 && own.port() == peer.port() &&
+         own.address() == peer.address();
+}
+
 bool Backend::admits(Clock::time_point now) {
   std::int64_t retry_at = retry_at_.load(std::memory_order_relaxed);
   if (retry_at == 0) return true;

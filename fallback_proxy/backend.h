@@ -39,6 +39,10 @@ struct SocketAddress {
   socklen_t length = 0;
 };
 
+/// Whether a socket that was connected to `peer` is its own peer: where nobody listens on a port that clients may get,
+/// a client can connect to itself (RFC 9293, 3.5: a simultaneous open).
+bool is_connected_to_itself(int fd, const SocketAddress& peer);
+
 class Backend {
  public:
   Backend(const config::Address& host, std::uint16_t port) : address(host, port) {}

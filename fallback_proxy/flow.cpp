@@ -26,8 +26,12 @@ Flow::Flow(Worker& worker, std::shared_ptr<UdpListener> listener, const UdpClien
       listener_(std::move(listener)),
       client_(client),
       backend_(std::move(backend)),
-      socket_(worker.io(), socket.release()),
+      socket_(worker.io()),
       began_(now) {
+  // Without room in epoll it stays closed, and the flow is one that is never answered.
+  boost::system::error_code error;
+  socket_.assign(socket.get(), error);
+  if (!error) socket.release();
   backend_->live.fetch_add(1, std::memory_order_relaxed);
 }
 

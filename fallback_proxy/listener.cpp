@@ -56,9 +56,12 @@ Listener::Listener(Worker& worker, const Workers& workers, Admission& admission,
     : worker_(worker),
       workers_(workers),
       admission_(admission),
-      socket_(worker.io(), socket.release()),
+      socket_(worker.io()),
       service_(std::move(service)),
-      allowed_(std::move(allowed)) {}
+      allowed_(std::move(allowed)) {
+  socket_.assign(socket.get());
+  socket.release();
+}
 
 void Listener::wait() {
   socket_.async_wait(socket_.wait_read, [self = shared_from_this()](const boost::system::error_code& error) {

@@ -29,7 +29,7 @@ using config::Result;
 constexpr std::uint32_t loopback = 1;  // the kernel makes it the first device of each network namespace
 
 // The most that the kernel puts into one datagram of a dump; a request takes 76 bytes.
-constexpr std::size_t buffer_size = 32 * 1024;
+constexpr std::size_t buffer_size = std::size_t{32} * 1024;
 constexpr int attempts = 10;  // of what others can disturb
 
 /// There is nobody to ask who began first; a bound name is in one network namespace, and goes with the process.

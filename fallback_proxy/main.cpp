@@ -90,8 +90,8 @@ class Program {
   config::Result<config::Fd> inherit(ControlClient& predecessor) {
     auto inheritance = take_over(predecessor);
     if (!inheritance) return std::unexpected(inheritance.error());
-    spdlog::info("taking over from pid {} (version {}): {} sockets", predecessor.pid(), inheritance->version,
-                 inheritance->sockets.size());
+    spdlog::info("taking over from pid {} (version {}): {} sockets", predecessor.pid(),
+                 config::printable(inheritance->version), inheritance->sockets.size());
     proxy_.inherit(std::move(inheritance->sockets), std::move(inheritance->vips));
     return std::move(inheritance->control);
   }

@@ -81,8 +81,8 @@ class Proxy::Posts {
   void add(Worker& worker, std::function<void()> function) { functions_[&worker].push_back(std::move(function)); }
 
   ~Posts() {
-    for (auto& [worker, functions] : functions_) {
-      worker->post([functions = std::move(functions)] {
+    for (auto& [worker, list] : functions_) {
+      worker->post([functions = std::move(list)] {
         for (const auto& function : functions) function();
       });
     }
@@ -93,8 +93,7 @@ class Proxy::Posts {
 };
 
 Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
-    : control_(control),
-      first_(first.userspace),
+    : first_(first.userspace),
       admission_(descriptors_to_use(thread_count(first)), flow_limit(first, descriptors_to_use(thread_count(first)))),
       allowed_(std::make_shared<Allowed>(std::span<const std::string>(), own_addresses())),
       addresses_(control, [this] { allow(); }),
@@ -250,27 +249,36 @@ void Proxy::open_listener(Served& served, Posts& posts) {
   }
   served.problem.clear();
   served.worker = &next_worker();
-  admission_.listener_opened();
-  if (is_udp(*served.service)) {
-    served.udp_listener =
-        std::make_shared<UdpListener>(*served.worker, workers_, std::move(*socket), served.service, allowed_);
-    posts.add(*served.worker, [listener = served.udp_listener] { listener->start(); });
+  try {
+    if (is_udp(*served.service)) {
+      served.udp_listener =
+          std::make_shared<UdpListener>(*served.worker, workers_, std::move(*socket), served.service, allowed_);
+      posts.add(*served.worker, [listener = served.udp_listener] { listener->start(); });
+    } else {
+      served.listener = std::make_shared<Listener>(*served.worker, workers_, admission_, std::move(*socket),
+                                                   served.service, allowed_);
+      posts.add(*served.worker, [listener = served.listener] { listener->start(); });
+    }
+  } catch (const boost::system::system_error& error) {  // of epoll: fs.epoll.max_user_watches
+    served.problem = error.what();
     return;
   }
-  served.listener =
-      std::make_shared<Listener>(*served.worker, workers_, admission_, std::move(*socket), served.service, allowed_);
-  posts.add(*served.worker, [listener = served.listener] { listener->start(); });
+  admission_.listener_opened();
 }
 
 void Proxy::close_listener(Served& served, bool accept_queued, Posts& posts) {
-  if (served.listener || served.udp_listener) admission_.listener_closed();
   if (served.listener) {
-    posts.add(*served.worker,
-              [listener = std::move(served.listener), accept_queued] { listener->stop(accept_queued); });
+    posts.add(*served.worker, [listener = std::move(served.listener), accept_queued, &admission = admission_] {
+      listener->stop(accept_queued);
+      admission.listener_closed();
+    });
     served.listener.reset();
   }
   if (served.udp_listener) {
-    posts.add(*served.worker, [listener = std::move(served.udp_listener)] { listener->stop(); });
+    posts.add(*served.worker, [listener = std::move(served.udp_listener), &admission = admission_] {
+      listener->stop();
+      admission.listener_closed();
+    });
     served.udp_listener.reset();
   }
 }

@@ -106,7 +106,6 @@ class Proxy {
   void allow();
   void wait_for_end(Clock::time_point until, std::function<void()> done);
 
-  boost::asio::io_context& control_;
   const std::chrono::system_clock::time_point since_ = std::chrono::system_clock::now();
   const config::Userspace first_;  // some of it holds for good
   config::Config config_;

@@ -22,7 +22,7 @@ namespace {
 constexpr int rounds = 16;
 
 // Splicing pays from about this size on: below, moving the bytes costs less than a second system call.
-constexpr std::int64_t large = 16 * 1024;
+constexpr std::int64_t large = std::int64_t{16} * 1024;
 constexpr std::uint8_t large_reads_to_splice = 3;
 constexpr std::uint8_t small_reads_to_copy = 8;
 
@@ -31,7 +31,10 @@ constexpr std::uint16_t max_checks = 1500;
 
 constexpr std::uint32_t report_at = 1024 * 1024;
 
-bool is_shortage(int error) { return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM; }
+bool is_shortage(int error) {
+  return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM ||
+         error == ENOSPC;  // of epoll: fs.epoll.max_user_watches
+}
 
 bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 
@@ -97,7 +100,9 @@ Relay::Relay(Worker& worker, Accepted accepted)
       attempt_(std::make_unique<Attempt>(accepted.client, std::vector<BackendPointer>{})),
       legs_{Leg(worker.io()), Leg(worker.io())} {
   worker_.add(*this);
-  legs_[client].socket.assign(accepted.socket.release());
+  boost::system::error_code error;
+  legs_[client].socket.assign(accepted.socket.get(), error);
+  if (!error) accepted.socket.release();
 }
 
 Relay::~Relay() {
@@ -108,7 +113,10 @@ Relay::~Relay() {
 
 void Relay::start(Worker& worker, Accepted accepted) {
   auto* relay = new Relay(worker, std::move(accepted));  // deletes itself
-  relay->try_backends();
+  if (relay->legs_[client].socket.is_open())
+    relay->try_backends();
+  else
+    relay->close();
   relay->release_if_closed();
 }
 
@@ -146,7 +154,14 @@ int Relay::connect_to(const Backend& backend) {
   if (error != 0 && error != EINPROGRESS) return error;
   // On loopback and in a near network the connection stands when connect() returns, although that says EINPROGRESS.
   if (error == EINPROGRESS && is_connected(socket.get())) error = 0;
-  legs_[backend_side].socket.assign(socket.release());
+  if (error == 0 && is_connected_to_itself(socket.get(), backend.address)) {
+    set_reset_on_close(socket.get());
+    return ECONNREFUSED;
+  }
+  boost::system::error_code assigned;
+  legs_[backend_side].socket.assign(socket.get(), assigned);
+  if (assigned) return ENOSPC;
+  socket.release();
   return error;
 }
 
@@ -159,7 +174,11 @@ void Relay::attempt_failed(int error) {
 }
 
 void Relay::connect_outcome() {
-  const int error = pending_error(fd(backend_side));
+  int error = pending_error(fd(backend_side));
+  if (error == 0 && is_connected_to_itself(fd(backend_side), backend_->address)) {
+    set_reset_on_close(fd(backend_side));
+    error = ECONNREFUSED;
+  }
   if (error == 0) return connected();
   attempt_failed(error);
   try_backends();
@@ -280,7 +299,7 @@ void Relay::pump(Side from) {
     if (round == rounds) return wait_to_read(from);
 
     const bool copying = !direction.pipe;
-    const std::int64_t size = copying ? receive(from) : splice_in(from);
+    const std::int64_t size = copying ? receive(from) : splice_in(from, round == 0);
     if (size > 0) {
       progress();
       adapt(from, size);
@@ -321,17 +340,24 @@ void Relay::hold(Side from, std::string_view bytes) {
   directions_[from].held = std::make_unique<Held>(std::vector<char>(bytes.begin(), bytes.end()), 0);
 }
 
-std::int64_t Relay::splice_in(Side from) {
+/// `is_woken`: the socket has been said to be readable.
+std::int64_t Relay::splice_in(Side from, bool is_woken) {
   Direction& direction = directions_[from];
   // The pipe is empty here, so EAGAIN means that the socket is, too.
   const ssize_t size = ::splice(fd(from), nullptr, direction.pipe->write.get(), nullptr, direction.pipe->capacity,
                                 SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
-  if (size < 0 && errno == EINVAL) {
-    // This kind of socket cannot.
-    direction.can_splice = false;
+  if (size < 0 && errno == EINVAL) direction.can_splice = false;  // this kind of socket cannot
+  // splice() does not get past urgent data (MSG_OOB): it says EAGAIN before the mark although bytes follow, and 0 when
+  // a FIN does. recv() steps over it.
+  char next = 0;
+  const bool is_stuck =
+      size == 0 || (size < 0 && (errno == EINVAL || (is_woken && would_block(errno) &&
+                                                     ::recv(fd(from), &next, 1, MSG_PEEK | MSG_DONTWAIT) >= 0)));
+  if (is_stuck) {
     leave_splicing(direction);
     return receive(from);
   }
+  if (size < 0) return size;
   if (size > 0) {
     count(from, static_cast<std::size_t>(size));
     direction.in_pipe = static_cast<std::uint32_t>(size);

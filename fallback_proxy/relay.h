@@ -120,7 +120,7 @@ class Relay : public Waiting, public Listed {
 
   void pump(Side from);
   std::int64_t receive(Side from);
-  std::int64_t splice_in(Side from);
+  std::int64_t splice_in(Side from, bool is_woken);
   bool forward(Side from, std::string_view bytes);
   void second_send_sets_no_delay();
   void hold(Side from, std::string_view bytes);
@@ -145,6 +145,7 @@ class Relay : public Waiting, public Listed {
   std::shared_ptr<const Service> service_;
   BackendPointer backend_;
   std::unique_ptr<Attempt> attempt_;
+  // NOLINTNEXTLINE(modernize-use-default-member-init): they take the worker's event loop
   Leg legs_[2];
   Direction directions_[2];
   std::uint16_t checks_ = 0;  // of an undelivered end, without progress

@@ -27,13 +27,6 @@ bool is_shortage(int error) {
 }
 
 /// A port that nobody has can be the one that the kernel has just given to this socket: it would talk to itself.
-bool is_connected_to_itself(int fd, const Backend& backend) {
-  SocketAddress own;
-  own.length = sizeof own.storage;
-  return ::getsockname(fd, reinterpret_cast<sockaddr*>(&own.storage), &own.length) == 0 &&
-         own.port() == backend.address.port() && own.address() == backend.address.address();
-}
-
 void add(std::atomic<std::uint64_t>& counter, std::uint64_t count) {
   if (count > 0) counter.fetch_add(count, std::memory_order_relaxed);
 }
@@ -70,10 +63,13 @@ UdpListener::UdpListener(Worker& worker, const Workers& workers, config::Fd sock
                          std::shared_ptr<const Service> service, AllowedPointer allowed)
     : worker_(worker),
       workers_(workers),
-      socket_(worker.io(), socket.release()),
+      socket_(worker.io()),
       service_(std::move(service)),
       allowed_(std::move(allowed)),
-      flows_(0, Hash{std::uint64_t{std::random_device{}()} << 32 | std::random_device{}()}) {}
+      flows_(0, Hash{std::uint64_t{std::random_device{}()} << 32 | std::random_device{}()}) {
+  socket_.assign(socket.get());
+  socket.release();
+}
 
 void UdpListener::wait() {
   socket_.async_wait(socket_.wait_read, [self = shared_from_this()](const boost::system::error_code&) {
@@ -122,7 +118,10 @@ Flow* UdpListener::find(const UdpClient& client) const {
 Flow* UdpListener::begin_flow(const UdpClient& from, std::size_t count, Clock::time_point now) {
   ServiceState& state = service_->state();
   const SocketAddress client = from.socket_address();
-  if (!allowed_->contains(client)) {
+  // Whoever sends in our own name would have us answer ourselves, for ever.
+  const config::Service& settings = service_->settings();
+  const bool is_own = client.port() == settings.port && client.address() == settings.vip;
+  if (is_own || !allowed_->contains(client)) {
     add(state.denied, count);
     return nullptr;
   }
@@ -169,7 +168,7 @@ config::Fd UdpListener::connect_to(const Backend& backend) {
     socket = config::Fd(::socket(backend.address.family(), type, IPPROTO_UDP));
   if (!socket) return {};
   int error = ::connect(socket.get(), backend.address.get(), backend.address.length) == 0 ? 0 : errno;
-  if (error == 0 && is_connected_to_itself(socket.get(), backend)) error = ECONNREFUSED;
+  if (error == 0 && is_connected_to_itself(socket.get(), backend.address)) error = ECONNREFUSED;
   if (error == 0) return socket;
   socket.reset();
   errno = error;

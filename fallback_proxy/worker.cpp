@@ -14,7 +14,7 @@ namespace {
 using namespace std::chrono_literals;
 
 // One read can take so much. Larger buffers fall out of the cache.
-constexpr std::size_t buffer_size = 256 * 1024;
+constexpr std::size_t buffer_size = std::size_t{256} * 1024;
 
 // A backend leg gets its keepalive options only when it has lived for so long: most connections are shorter.
 constexpr auto young_time = 1s;

@@ -117,6 +117,7 @@ class Worker {
   PipePool pipes_;
   Random random_;
   config::Fd reserve_;
+  // NOLINTNEXTLINE(modernize-use-default-member-init): the times are the settings'
   Deadlines<Relay> deadlines_[5];
   Deadlines<Flow> idle_flows_;
   Deadlines<Flow> draining_flows_;

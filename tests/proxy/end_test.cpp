@@ -20,7 +20,7 @@ TEST_F(End, DrainsFirst) {
   proxy.signal(SIGTERM);
   EXPECT_NE(proxy.wait_for_log("accepting nothing more").find("; 1 connections to drain"), std::string::npos);
   EXPECT_TRUE(eventually([] { return dial_errno(vip, vip_port) == ECONNREFUSED; }));
-  auto replying = meanwhile([&server = server] { send_stream(server, 1, 8 << 20); });
+  auto replying = meanwhile([&server] { send_stream(server, 1, 8 << 20); });
   receive_stream(client, 1, 8 << 20);
   replying.get();
   send_end(client);

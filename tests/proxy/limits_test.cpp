@@ -16,7 +16,7 @@ namespace {
 using namespace support;
 using namespace std::chrono_literals;
 
-constexpr std::size_t mebi = 1024 * 1024;
+constexpr std::size_t mebi = std::size_t{1024} * 1024;
 
 // A sanitizer's memory is not the program's.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -45,7 +45,7 @@ class EchoServer {
     };
     watch(listener.get());
     std::map<int, Fd> connections;
-    std::vector<char> buffer(256 * 1024);
+    std::vector<char> buffer(std::size_t{256} * 1024);
     channel.tell('r');
     for (;;) {
       epoll_event event{};

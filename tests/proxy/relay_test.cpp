@@ -16,7 +16,7 @@ namespace {
 
 using namespace support;
 
-constexpr std::size_t mebi = 1024 * 1024;
+constexpr std::size_t mebi = std::size_t{1024} * 1024;
 
 /// Nothing moves any more: whoever sends here waits for room.
 bool is_blocked(const std::vector<int>& senders) {
@@ -38,7 +38,7 @@ TEST_F(Relay, PassesTheWholeReplyAfterTheClientsHalfClose) {
   send_end(client);
   EXPECT_EQ(receive_all(server), "question");
 
-  auto replying = meanwhile([&server = server] {
+  auto replying = meanwhile([&server] {
     send_stream(server, 1, 8 * mebi);
     send_end(server);
   });
@@ -55,12 +55,27 @@ TEST_F(Relay, PassesTheWholeRequestAfterTheBackendsHalfClose) {
   send_end(server);
   EXPECT_EQ(receive_all(client), "welcome");
 
-  auto asking = meanwhile([&client = client] {
+  auto asking = meanwhile([&client] {
     send_stream(client, 2, 8 * mebi);
     send_end(client);
   });
   receive_stream(server, 2, 8 * mebi);
   EXPECT_EQ(end_of(server), 0);
+  asking.get();
+}
+
+TEST_F(Relay, PassesOnWhatFollowsUrgentData) {
+  const TcpListener backend;
+  FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
+  const auto [client, server] = connect_through(backend);
+  auto asking = std::async(std::launch::async, [&client] {
+    send_stream(client, 1, 8 * mebi);
+    checked(::send(client.get(), "!", 1, MSG_OOB), "send");
+    send_all(client, "what follows");
+    send_end(client);
+  });
+  receive_stream(server, 1, 8 * mebi);
+  EXPECT_EQ(receive_all(server), "what follows");
   asking.get();
 }
 
@@ -119,7 +134,7 @@ TEST_F(Relay, TellsAWritingClientThatTheBackendHasReset) {
   const TcpListener backend;
   FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
   auto [client, server] = connect_through(backend);
-  auto writing = meanwhile([&client = client] { send_stream(client, 1, 1024 * mebi); });
+  auto writing = meanwhile([&client] { send_stream(client, 1, 1024 * mebi); });
   receive_stream(server, 1, mebi);
   reset(std::move(server));
   EXPECT_THROW(writing.get(), std::system_error);
@@ -129,10 +144,10 @@ TEST_F(Relay, PassesOnAllThatCameBeforeABackendsReset) {
   const TcpListener backend;
   FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
   auto [client, server] = connect_through(backend);
-  auto receiving = meanwhile([&client = client] { receive_stream(client, 1, 8 * mebi); });
+  auto receiving = meanwhile([&client] { receive_stream(client, 1, 8 * mebi); });
   send_stream(server, 1, 8 * mebi);
   // A reset throws away what is still on its way to the proxy.
-  ASSERT_TRUE(eventually([&server = server] { return is_delivered(server); }));
+  ASSERT_TRUE(eventually([&server] { return is_delivered(server); }));
   reset(std::move(server));
   receiving.get();
   EXPECT_EQ(end_of(client), ECONNRESET);
@@ -142,13 +157,13 @@ TEST_F(Relay, PassesOnAllThatCameBeforeAResetToAClientThatReadsLate) {
   const TcpListener backend;
   FallbackProxy proxy(proxy_toml({web({backend.backend()})}));
   auto [client, server] = connect_through(backend);
-  send_stream(server, 1, 64 * 1024);
-  ASSERT_TRUE(eventually([&server = server] { return is_delivered(server); }));
+  send_stream(server, 1, std::uint64_t{64} * 1024);
+  ASSERT_TRUE(eventually([&server] { return is_delivered(server); }));
   reset(std::move(server));
   // The client's kernel knows of the reset before the client reads.
   pollfd hung_up{client.get(), 0, 0};
   ASSERT_EQ(::poll(&hung_up, 1, 10'000), 1);
-  receive_stream(client, 1, 64 * 1024);
+  receive_stream(client, 1, std::uint64_t{64} * 1024);
   EXPECT_EQ(end_of(client), ECONNRESET);
 }
 
@@ -257,14 +272,13 @@ TEST_F(Relay, GivesItsPipesBack) {
   std::size_t most = 0;
   for (int i = 0; i < 40; ++i) {
     auto [client, server] = connect_through(backend);
-    auto sending = meanwhile([&server = server] { send_stream(server, 1, 4 * mebi); });
+    auto sending = meanwhile([&server] { send_stream(server, 1, 4 * mebi); });
     receive_stream(client, 1, 4 * mebi);
     most = std::max(most, proxy.open_files());
     sending.get();
     // Some end in the middle of a transfer, with bytes in the pipe.
     if (i % 2 == 0) {
-      auto cut =
-          meanwhile([&server = server] { EXPECT_THROW(send_stream(server, 1, 1024 * mebi), std::system_error); });
+      auto cut = meanwhile([&server] { EXPECT_THROW(send_stream(server, 1, 1024 * mebi), std::system_error); });
       receive_stream(client, 1, mebi);
       reset(std::move(client));
       cut.get();
@@ -272,7 +286,7 @@ TEST_F(Relay, GivesItsPipesBack) {
   }
   EXPECT_GT(most, before + 2) << "nothing was spliced";
   // What is kept for the next ones: a few pipes of each thread.
-  EXPECT_TRUE(eventually([&] { return proxy.open_files() <= before + 2 * 2 * 16; }));
+  EXPECT_TRUE(eventually([&] { return proxy.open_files() <= before + std::size_t{2} * 2 * 16; }));
 }
 
 }  // namespace

@@ -15,7 +15,7 @@
 namespace support {
 namespace {
 
-constexpr std::size_t block = 256 * 1024;
+constexpr std::size_t block = std::size_t{256} * 1024;
 
 // One block of random bytes for all; the stream is this block over and over, each time with the number of the block and
 // the seed added to every word: that is as fast as memory.

@@ -53,7 +53,7 @@ void transfer(double gib) {
   std::vector<Fd> ends;
   std::vector<std::future<void>> work;
   const auto add = [&](auto function) { work.push_back(std::async(std::launch::async, function)); };
-  ends.reserve(2 * connections);
+  ends.reserve(std::size_t{2} * connections);
   for (std::uint64_t i = 0; i < connections; ++i) {
     const Fd& client = ends.emplace_back(dial(vip, port));
     const Fd& server = ends.emplace_back(backend.accept());
@@ -97,7 +97,7 @@ void serve_one(Fd connection) {
     send_end(connection);
     end_of(connection);
   } catch (const std::exception&) {
-    // A client that has reset; what went wrong for one that has not is seen by that client.
+    return;  // a client that has reset; what went wrong for one that has not is seen by that client
   }
 }
 
@@ -161,7 +161,7 @@ void resets(std::uint64_t connections, std::uint64_t reset_every) {
 
   // What it keeps for later, it has afterwards: pipes above all.
   const std::size_t at_first = proxy.open_files();
-  constexpr std::size_t kept_pipes = 2 * 2 * 16;
+  constexpr std::size_t kept_pipes = std::size_t{2} * 2 * 16;
   run(std::max<std::uint64_t>(connections / 10, 1000));
   wait_until_idle(at_first + kept_pipes);
   const std::size_t memory = proxy.resident_bytes();

@@ -28,36 +28,36 @@ const Clock::time_point start = Clock::now();
 
 class Marking : public testing::Test {
  protected:
-  Backend backend{make_address("10.0.0.1"), 80};
+  Backend backend_{make_address("10.0.0.1"), 80};
 };
 
 TEST_F(Marking, ABackendThatNeverFailedAdmits) {
-  EXPECT_TRUE(backend.admits(start));
-  EXPECT_FALSE(backend.is_marked(start));
+  EXPECT_TRUE(backend_.admits(start));
+  EXPECT_FALSE(backend_.is_marked(start));
 }
 
 TEST_F(Marking, AFailureKeepsItFreeForASecond) {
-  backend.failed(start);
-  EXPECT_TRUE(backend.is_marked(start));
-  EXPECT_FALSE(backend.admits(start));
-  EXPECT_FALSE(backend.admits(start + 999ms));
-  EXPECT_FALSE(backend.is_marked(start + 1s));
-  EXPECT_TRUE(backend.admits(start + 1s));
+  backend_.failed(start);
+  EXPECT_TRUE(backend_.is_marked(start));
+  EXPECT_FALSE(backend_.admits(start));
+  EXPECT_FALSE(backend_.admits(start + 999ms));
+  EXPECT_FALSE(backend_.is_marked(start + 1s));
+  EXPECT_TRUE(backend_.admits(start + 1s));
 }
 
 TEST_F(Marking, OneTriesItAgainAndTheOthersWait) {
-  backend.failed(start);
-  EXPECT_TRUE(backend.admits(start + 1s));
-  EXPECT_FALSE(backend.admits(start + 1s));
+  backend_.failed(start);
+  EXPECT_TRUE(backend_.admits(start + 1s));
+  EXPECT_FALSE(backend_.admits(start + 1s));
   // Should it never tell how it went, another one tries.
-  EXPECT_TRUE(backend.admits(start + 2s));
+  EXPECT_TRUE(backend_.admits(start + 2s));
 }
 
 TEST_F(Marking, OneOfManyThreadsTriesItAgain) {
-  backend.failed(start);
+  backend_.failed(start);
   std::atomic<int> admitted = 0;
   std::vector<std::thread> threads;
-  for (int i = 0; i < 8; ++i) threads.emplace_back([&] { admitted += backend.admits(start + 1s); });
+  for (int i = 0; i < 8; ++i) threads.emplace_back([&] { admitted += backend_.admits(start + 1s); });
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(admitted, 1);
 }
@@ -65,28 +65,28 @@ TEST_F(Marking, OneOfManyThreadsTriesItAgain) {
 TEST_F(Marking, ThePauseDoublesUpTo32Seconds) {
   auto now = start;
   for (const auto pause : {1s, 2s, 4s, 8s, 16s, 32s, 32s, 32s}) {
-    backend.failed(now);
-    EXPECT_FALSE(backend.admits(now + pause - 1ms)) << pause.count();
+    backend_.failed(now);
+    EXPECT_FALSE(backend_.admits(now + pause - 1ms)) << pause.count();
     now += pause;
-    EXPECT_TRUE(backend.admits(now)) << pause.count();
+    EXPECT_TRUE(backend_.admits(now)) << pause.count();
   }
 }
 
 TEST_F(Marking, ASuccessForgetsAllFailures) {
-  for (int i = 0; i < 5; ++i) backend.failed(start);
-  backend.connected();
-  EXPECT_TRUE(backend.admits(start));
-  EXPECT_TRUE(backend.admits(start));
-  backend.failed(start);
-  EXPECT_TRUE(backend.admits(start + 1s));
+  for (int i = 0; i < 5; ++i) backend_.failed(start);
+  backend_.connected();
+  EXPECT_TRUE(backend_.admits(start));
+  EXPECT_TRUE(backend_.admits(start));
+  backend_.failed(start);
+  EXPECT_TRUE(backend_.admits(start + 1s));
 }
 
 TEST_F(Marking, CountsWhatCameOfIt) {
-  backend.failed(start);
-  backend.failed(start);
-  backend.connected();
-  EXPECT_EQ(backend.failures, 2U);
-  EXPECT_EQ(backend.connects, 1U);
+  backend_.failed(start);
+  backend_.failed(start);
+  backend_.connected();
+  EXPECT_EQ(backend_.failures, 2U);
+  EXPECT_EQ(backend_.connects, 1U);
 }
 
 class ClientAffinity : public testing::Test {
@@ -95,57 +95,57 @@ class ClientAffinity : public testing::Test {
     return std::make_shared<Backend>(make_address(address), std::uint16_t{80});
   }
 
-  const std::shared_ptr<Backend> one = make("10.0.0.1");
-  const std::shared_ptr<Backend> two = make("10.0.0.2");
-  Affinity affinity;
+  const std::shared_ptr<Backend> one_ = make("10.0.0.1");
+  const std::shared_ptr<Backend> two_ = make("10.0.0.2");
+  Affinity affinity_;
 };
 
 TEST_F(ClientAffinity, FindsWhoWasReachedLast) {
-  EXPECT_EQ(affinity.find(1, start), nullptr);
-  affinity.remember(1, one, start, 1h, 10);
-  affinity.remember(2, two, start, 1h, 10);
-  EXPECT_EQ(affinity.find(1, start), one);
-  EXPECT_EQ(affinity.find(2, start), two);
-  affinity.remember(1, two, start, 1h, 10);
-  EXPECT_EQ(affinity.find(1, start), two);
+  EXPECT_EQ(affinity_.find(1, start), nullptr);
+  affinity_.remember(1, one_, start, 1h, 10);
+  affinity_.remember(2, two_, start, 1h, 10);
+  EXPECT_EQ(affinity_.find(1, start), one_);
+  EXPECT_EQ(affinity_.find(2, start), two_);
+  affinity_.remember(1, two_, start, 1h, 10);
+  EXPECT_EQ(affinity_.find(1, start), two_);
 }
 
 TEST_F(ClientAffinity, EndsWithItsTime) {
-  affinity.remember(1, one, start, 1h, 10);
-  EXPECT_EQ(affinity.find(1, start + 1h - 1ms), one);
-  EXPECT_EQ(affinity.find(1, start + 1h), nullptr);
+  affinity_.remember(1, one_, start, 1h, 10);
+  EXPECT_EQ(affinity_.find(1, start + 1h - 1ms), one_);
+  EXPECT_EQ(affinity_.find(1, start + 1h), nullptr);
 }
 
 TEST_F(ClientAffinity, BeginsAnewWithEachConnection) {
-  affinity.remember(1, one, start, 1h, 10);
-  affinity.remember(1, one, start + 50min, 1h, 10);
-  EXPECT_EQ(affinity.find(1, start + 100min), one);
+  affinity_.remember(1, one_, start, 1h, 10);
+  affinity_.remember(1, one_, start + 50min, 1h, 10);
+  EXPECT_EQ(affinity_.find(1, start + 100min), one_);
 }
 
 TEST_F(ClientAffinity, ForgetsWhoCameLongestAgoAtTheLimit) {
-  for (std::uint64_t client = 0; client < 10; ++client) affinity.remember(client, one, start, 1h, 10);
-  affinity.remember(0, one, start, 1h, 10);
-  affinity.remember(10, one, start, 1h, 10);
-  EXPECT_EQ(affinity.find(0, start), one);
-  EXPECT_EQ(affinity.find(1, start), nullptr);
-  EXPECT_EQ(affinity.find(2, start), one);
-  EXPECT_EQ(affinity.find(10, start), one);
+  for (std::uint64_t client = 0; client < 10; ++client) affinity_.remember(client, one_, start, 1h, 10);
+  affinity_.remember(0, one_, start, 1h, 10);
+  affinity_.remember(10, one_, start, 1h, 10);
+  EXPECT_EQ(affinity_.find(0, start), one_);
+  EXPECT_EQ(affinity_.find(1, start), nullptr);
+  EXPECT_EQ(affinity_.find(2, start), one_);
+  EXPECT_EQ(affinity_.find(10, start), one_);
 }
 
 TEST_F(ClientAffinity, LetsGoOfBackendsWhoseTimeIsOver) {
-  affinity.remember(1, one, start, 1min, 10);
-  affinity.remember(2, two, start, 1h, 10);
-  EXPECT_EQ(one.use_count(), 2);
-  affinity.remember(3, two, start + 1min, 1h, 10);
-  EXPECT_EQ(one.use_count(), 1);
+  affinity_.remember(1, one_, start, 1min, 10);
+  affinity_.remember(2, two_, start, 1h, 10);
+  EXPECT_EQ(one_.use_count(), 2);
+  affinity_.remember(3, two_, start + 1min, 1h, 10);
+  EXPECT_EQ(one_.use_count(), 1);
 }
 
 TEST_F(ClientAffinity, TakesALowerLimitOfALaterConfiguration) {
-  for (std::uint64_t client = 0; client < 10; ++client) affinity.remember(client, one, start, 1h, 10);
-  affinity.remember(10, two, start, 1h, 2);
-  EXPECT_EQ(affinity.find(9, start), one);
-  EXPECT_EQ(affinity.find(10, start), two);
-  EXPECT_EQ(affinity.find(8, start), nullptr);
+  for (std::uint64_t client = 0; client < 10; ++client) affinity_.remember(client, one_, start, 1h, 10);
+  affinity_.remember(10, two_, start, 1h, 2);
+  EXPECT_EQ(affinity_.find(9, start), one_);
+  EXPECT_EQ(affinity_.find(10, start), two_);
+  EXPECT_EQ(affinity_.find(8, start), nullptr);
 }
 
 bool contains(const Allowed& allowed, const char* client) {

@@ -200,7 +200,7 @@ TEST(Admissions, OfFlowsWaitForConnectionsToo) {
 
 TEST(Admissions, AreNotLostAmongThreads) {
   constexpr int places = 3;
-  Admission admission(2 * places, 0);
+  Admission admission(std::int64_t{2} * places, 0);
   std::atomic<int> inside = 0;
   std::atomic<int> most = 0;
   std::vector<std::thread> threads;
