@@ -134,8 +134,8 @@ class Program {
     is_handing_over_ = false;
     if (is_taken) {
       is_ending_ = true;
-      spdlog::info("replaced; {} connections to drain", proxy_.connections());
       proxy_.drain([this] { control_.stop(); });
+      spdlog::info("replaced; {} connections to drain", proxy_.connections());
     } else {
       spdlog::warn("the process that was to take over has not: this one goes on serving");
       proxy_.cancel_hand_over();

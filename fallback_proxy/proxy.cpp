@@ -474,7 +474,7 @@ void Proxy::drain(std::function<void()> done) {
           listener->drain(handed_over);
         });
       else
-        close_listener(served, true, posts);
+        close_listener(served, !is_handing_over_, posts);  // else what is queued is the successor's
     }
     // Behind the listeners: when a worker has done this, it has accepted all that was queued.
     workers_accepting_ = workers_.size();
