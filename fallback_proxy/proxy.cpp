@@ -480,7 +480,12 @@ void Proxy::drain(std::function<void()> done) {
     workers_accepting_ = workers_.size();
     for (const auto& worker : workers_) posts.add(*worker, [this] { --workers_accepting_; });
   }
-  wait_for_end(Clock::now() + config_.userspace.drain_timeout, std::move(done));
+  // Never at once: whoever asked for it may have something to say first, as to a successor.
+  drain_timer_.expires_after(20ms);
+  drain_timer_.async_wait([this, until = Clock::now() + config_.userspace.drain_timeout,
+                           done = std::move(done)](const boost::system::error_code& error) mutable {
+    if (!error) wait_for_end(until, std::move(done));
+  });
 }
 
 void Proxy::wait_for_end(Clock::time_point until, std::function<void()> done) {
