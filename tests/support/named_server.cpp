@@ -79,6 +79,8 @@ void NamedServer::serve() {
     }
     ++accepted_;
     answer(connection.get());
+    // close() alone ends nothing while a child that was forked meanwhile has the connection as well.
+    ::shutdown(connection.get(), SHUT_WR);
   }
 }
 
