@@ -39,12 +39,6 @@ testing::AssertionResult fails_in_one_line(int code, const Finished& finished) {
 
 bool contains(const std::string& text, const std::string& piece) { return text.find(piece) != std::string::npos; }
 
-/// What jq makes of a JSON text; empty when it is none.
-std::string jq(const std::string& filter, const std::string& json) {
-  const TemporaryDirectory directory;
-  return run({"jq", "--compact-output", "--raw-output", filter, directory.write("input.json", json)}).out;
-}
-
 bool is_json(const std::string& text) {
   const TemporaryDirectory directory;
   return run({"python3", "-m", "json.tool", directory.write("input.json", text)}).exit_code == 0;

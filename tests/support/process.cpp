@@ -14,6 +14,8 @@
 #include <exception>
 #include <stdexcept>
 
+#include "tests/support/observe.h"
+
 namespace support {
 namespace {
 
@@ -120,6 +122,11 @@ Finished run(const std::vector<std::string>& command) { return Process(command).
 
 Finished run_in_cgroup(const Cgroup& cgroup, const std::vector<std::string>& command) {
   return Process(command, &cgroup).wait();
+}
+
+std::string jq(const std::string& filter, const std::string& json) {
+  const TemporaryDirectory directory;
+  return run({"jq", "--compact-output", "--raw-output", filter, directory.write("input.json", json)}).out;
 }
 
 void Channel::tell(char letter) const {

@@ -53,6 +53,9 @@ class Process {
 Finished run(const std::vector<std::string>& command);
 Finished run_in_cgroup(const Cgroup& cgroup, const std::vector<std::string>& command);
 
+/// What jq makes of a JSON text; empty when it is none.
+std::string jq(const std::string& filter, const std::string& json);
+
 /// One end of a conversation between a test and its child, in single letters.
 class Channel {
  public:
