@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "tests/support/fixture.h"
+#include "tests/support/tcp.h"
 
 namespace {
 
@@ -57,6 +58,48 @@ TEST_F(PolicyTest, LeastConnGivesTheIdleBackendWhatIsNext) {
   idle.clear();
   next.clear();
   EXPECT_EQ(handle.visit().at(0).live, 0u);
+}
+
+TEST_F(PolicyTest, LeastConnCountsClientsUntilTheyAreKilled) {
+  constexpr int connections = 100;
+  const TcpListener one("127.0.0.1"), two("127.0.0.2");  // hold what comes
+  const auto service = [&](std::vector<Backend> backends) {
+    return toml({{"web", "10.96.0.1", 80, std::move(backends), "refuse", "policy = \"least_conn\""}});
+  };
+  const auto connect_many = [](const Channel& channel) {
+    std::vector<Fd> open;
+    for (int i = 0; i < connections; ++i) {
+      open.push_back(tcp_socket());
+      require(connect_errno(open.back().get(), "10.96.0.1", 80) == 0, "not connected");
+    }
+    channel.tell('c');
+    channel.hear();
+  };
+  Handle handle = serve(service({one.backend()}));
+  using Live = std::map<std::string, std::uint64_t>;
+  const auto live = [&] {
+    Live counts;
+    const auto services = handle.visit();
+    for (const SeenBackend& backend : services.at(0).backends) counts[backend.address] = backend.live;
+    return counts;
+  };
+  Child first(connect_many);
+  first.channel().hear();
+  ASSERT_TRUE(ok(handle.load(service({one.backend(), two.backend()}))));
+  EXPECT_EQ(live(), (Live{{"127.0.0.1", 100}, {"127.0.0.2", 0}}));
+  Child second(connect_many);
+  second.channel().hear();
+  EXPECT_EQ(live(), (Live{{"127.0.0.1", 100}, {"127.0.0.2", 100}}));
+  first.kill();
+  EXPECT_EQ(first.wait(), "ended by Killed");
+  EXPECT_EQ(live(), (Live{{"127.0.0.1", 0}, {"127.0.0.2", 100}}));
+  Child third(connect_many);
+  third.channel().hear();
+  EXPECT_EQ(live(), (Live{{"127.0.0.1", 100}, {"127.0.0.2", 100}})) << "what was given back is the next to be chosen";
+  second.kill();
+  third.kill();
+  EXPECT_EQ(second.wait() + third.wait(), "ended by Killedended by Killed");
+  EXPECT_EQ(live(), (Live{{"127.0.0.1", 0}, {"127.0.0.2", 0}}));
 }
 
 TEST_F(PolicyTest, LeastConnFollowsWeightsWhenAllAreIdle) {

@@ -46,7 +46,7 @@ class Iperf3 : public RealProgram {
     server.wait_for_output("Server listening");
     Handle handle = serve(toml({{"tcp", path.vip, 5201, {{path.backend, 5201}}},
                                 {"udp", path.vip, 5201, {{path.backend, 5201}}, "refuse", udp}}));
-    std::vector<std::string> command = {"iperf3", "--client", path.vip, "--bytes", "2M", "--json"};
+    std::vector<std::string> command = {"iperf3", "--client", path.vip, "--json"};
     command.insert(command.end(), options.begin(), options.end());
     const Finished client = run_here(command);
     EXPECT_EQ(client.exit_code, 0) << client.out << client.err;
@@ -63,13 +63,16 @@ class Iperf3 : public RealProgram {
   std::uint64_t udp_connects_ = 0;
 };
 
-TEST_F(Iperf3, TcpArrivesWhole) {
+TEST_F(Iperf3, TcpArrives) {
   const OtherHost host;
   for (const Path& path : web_paths) {
     SCOPED_TRACE(path.vip);
-    const std::string seen = report(host, path, {"--parallel", "2"});
+    const std::string seen = report(host, path, {"--bytes", "32M", "--parallel", "2"});
     EXPECT_EQ(jq("[.start.connected[].remote_host] | unique", seen), fmt::format("[\"{}\"]\n", path.vip));
-    EXPECT_EQ(jq(".end.sum_sent.bytes >= 2097152 and .end.sum_received.bytes == .end.sum_sent.bytes", seen), "true\n")
+    // What has arrived is the server's word. It stops counting when the client has handed over its last byte: what the
+    // buffers hold then, 20 MB at most, is not in it.
+    EXPECT_EQ(jq(".end.sum_received.bytes > 8000000 and .end.sum_received.bytes <= .end.sum_sent.bytes", seen),
+              "true\n")
         << seen;
     EXPECT_EQ(tcp_connects_, 3u) << "one for control and two for data";
     EXPECT_EQ(udp_connects_, 0u);
@@ -80,7 +83,7 @@ TEST_F(Iperf3, UdpArrives) {
   const OtherHost host;
   for (const Path& path : web_paths) {
     SCOPED_TRACE(path.vip);
-    const std::string seen = report(host, path, {"--udp", "--bitrate", "100M"});
+    const std::string seen = report(host, path, {"--udp", "--bytes", "2M", "--bitrate", "100M"});
     EXPECT_EQ(jq("[.start.connected[].remote_host]", seen), fmt::format("[\"{}\"]\n", path.vip));
     // What has arrived is the server's word. A datagram may be lost, not all of them.
     EXPECT_EQ(jq(".end.sum_received | .bytes > 1000000 and .lost_packets < .packets / 2", seen), "true\n") << seen;
