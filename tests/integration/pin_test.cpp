@@ -270,6 +270,59 @@ TEST_F(Pin, ForeignProgramsSurviveAndGoOnRunning) {
   EXPECT_TRUE(foreign_run());
 }
 
+TEST_F(Pin, ForeignProgramsOfOtherHooksGoOnRunning) {
+  const NamedServer server("server", "::1");
+  const NamedUdpServer udp("udp");
+  constexpr std::uint16_t before_port = 7771, after_port = 7772;
+  const std::string text = toml({{"tcp", "fd00::1", 80, {backend(server)}},
+                                 {"udp", "10.96.0.1", 53, {backend(udp)}, "refuse", "protocol = \"udp\""}});
+  const ForeignProgram before6(cgroup(), before_port, BPF_CGROUP_INET6_CONNECT);
+  const ForeignProgram before_udp(cgroup(), before_port, BPF_CGROUP_UDP4_SENDMSG);
+  pin_from_another_process(text);
+  const ForeignProgram after6(cgroup(), after_port, BPF_CGROUP_INET6_CONNECT);
+  const ForeignProgram after_udp(cgroup(), after_port, BPF_CGROUP_UDP4_SENDMSG);
+  const auto expect_foreign_run = [&] {
+    for (const std::uint16_t port : {before_port, after_port}) {
+      EXPECT_EQ(ask("::1", port), refused_with(EPERM));
+      EXPECT_EQ(exchange(udp_socket().get(), "127.0.0.1", port), "EPERM");
+    }
+  };
+  const auto expect_ours_run = [] {
+    EXPECT_EQ(ask("fd00::1", 80), answered_by("server"));
+    EXPECT_EQ(exchange(udp_socket().get(), "10.96.0.1", 53), "udp from 10.96.0.1:53");
+  };
+  expect_foreign_run();
+  expect_ours_run();
+  {  // so many more that all programs are exchanged
+    std::vector<Service> more = more_services(200, backend(udp));
+    pin_from_another_process(text + toml(more).substr(toml({}).size()));
+  }
+  expect_foreign_run();
+  expect_ours_run();
+  remove_all_of_ours();
+  EXPECT_EQ(programs_at(cgroup(), BPF_CGROUP_INET6_CONNECT), (std::vector{before6.id(), after6.id()}));
+  EXPECT_EQ(programs_at(cgroup(), BPF_CGROUP_UDP4_SENDMSG), (std::vector{before_udp.id(), after_udp.id()}));
+  expect_foreign_run();
+}
+
+TEST_F(Pin, BesideAProgramThatAllowsNoOtherNothingIsAttached) {
+  const NamedServer server("server");
+  Handle handle(plugin(), pinned());
+  ASSERT_TRUE(ok(handle.load(toml({{"web", "10.96.0.1", 80, {backend(server)}}}))));
+  for (const bpf_attach_type hook : {BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_UDP6_SENDMSG}) {
+    const ForeignProgram exclusive(cgroup(), 7771, hook, 0);
+    const Outcome attached = handle.attach();
+    EXPECT_TRUE(fails_with(-EPERM, attached));
+    EXPECT_NE(attached.message.find("BPF_F_ALLOW_MULTI"), std::string::npos) << attached;
+    EXPECT_EQ(programs_at(cgroup(), hook), std::vector{exclusive.id()});
+    EXPECT_EQ(ask("10.96.0.1", 80), refused_with(ENETUNREACH));
+    EXPECT_TRUE(std::filesystem::is_empty(pin())) << "but for the lock";
+  }
+  ASSERT_TRUE(ok(handle.attach())) << "it has gone";
+  EXPECT_EQ(ask("10.96.0.1", 80), answered_by("server"));
+  EXPECT_TRUE(ok(handle.detach()));
+}
+
 TEST_F(Pin, ForeignFilesInTheSameDirectoryAreNotTouched) {
   const NamedServer server("server");
   const std::string neighbour = std::string(bpffs) + "/neighbour";

@@ -71,12 +71,12 @@ std::size_t count_existing(bpf_cmd open, const std::set<std::uint32_t>& ids) {
 
 int bpf(bpf_cmd command, bpf_attr& attr) { return static_cast<int>(::syscall(SYS_bpf, command, &attr, sizeof attr)); }
 
-std::vector<std::uint32_t> connect4_programs(const Cgroup& cgroup) {
+std::vector<std::uint32_t> programs_at(const Cgroup& cgroup, bpf_attach_type hook) {
   const Fd fd = open_cgroup(cgroup);
   std::vector<std::uint32_t> ids(64);
   bpf_attr attr{};
   attr.query.target_fd = static_cast<std::uint32_t>(fd.get());
-  attr.query.attach_type = BPF_CGROUP_INET4_CONNECT;
+  attr.query.attach_type = hook;
   attr.query.prog_ids = pointer(ids.data());
   attr.query.prog_cnt = static_cast<std::uint32_t>(ids.size());
   checked(bpf(BPF_PROG_QUERY, attr), "BPF_PROG_QUERY");
@@ -88,6 +88,23 @@ std::string program_name(std::uint32_t program) {
   const Fd fd = open_by_id(BPF_PROG_GET_FD_BY_ID, program);
   checked(fd.get(), "BPF_PROG_GET_FD_BY_ID");
   return info_of<bpf_prog_info>(fd).name;
+}
+
+std::vector<std::uint32_t> maps_of(std::uint32_t program) {
+  const Fd fd = open_by_id(BPF_PROG_GET_FD_BY_ID, program);
+  checked(fd.get(), "BPF_PROG_GET_FD_BY_ID");
+  std::vector<std::uint32_t> maps(64);
+  bpf_prog_info request{};
+  request.nr_map_ids = static_cast<std::uint32_t>(maps.size());
+  request.map_ids = pointer(maps.data());
+  maps.resize(info_of(fd, request).nr_map_ids);
+  return maps;
+}
+
+std::string map_name(std::uint32_t map) {
+  const Fd fd = open_by_id(BPF_MAP_GET_FD_BY_ID, map);
+  checked(fd.get(), "BPF_MAP_GET_FD_BY_ID");
+  return info_of<bpf_map_info>(fd).name;
 }
 
 Fd pinned_map(const std::string& directory, const std::string& name) {
@@ -123,12 +140,7 @@ BpfObjects objects_of(const Cgroup& cgroup) {
   BpfObjects result;
   for (const std::uint32_t id : connect4_programs(cgroup)) {
     result.programs.insert(id);
-    const Fd program = open_by_id(BPF_PROG_GET_FD_BY_ID, id);
-    std::vector<std::uint32_t> maps(64);
-    bpf_prog_info request{};
-    request.nr_map_ids = static_cast<std::uint32_t>(maps.size());
-    request.map_ids = pointer(maps.data());
-    maps.resize(info_of(program, request).nr_map_ids);
+    const std::vector<std::uint32_t> maps = maps_of(id);
     result.maps.insert(maps.begin(), maps.end());
   }
   struct stat status{};
@@ -160,7 +172,9 @@ std::size_t count_all_objects() {
          all_ids(BPF_LINK_GET_NEXT_ID).size();
 }
 
-ForeignProgram::ForeignProgram(const Cgroup& cgroup, std::uint16_t refused_port) : cgroup_(open_cgroup(cgroup)) {
+ForeignProgram::ForeignProgram(const Cgroup& cgroup, std::uint16_t refused_port, bpf_attach_type hook,
+                               std::uint32_t flags)
+    : hook_(hook), cgroup_(open_cgroup(cgroup)) {
   const bpf_insn program[] = {
       instruction(BPF_LDX | BPF_MEM | BPF_W, BPF_REG_2, BPF_REG_1, offsetof(bpf_sock_addr, user_port), 0),
       instruction(BPF_ALU64 | BPF_MOV | BPF_K, BPF_REG_0, 0, 0, 1),
@@ -170,7 +184,7 @@ ForeignProgram::ForeignProgram(const Cgroup& cgroup, std::uint16_t refused_port)
   };
   bpf_attr load{};
   load.prog_type = BPF_PROG_TYPE_CGROUP_SOCK_ADDR;
-  load.expected_attach_type = BPF_CGROUP_INET4_CONNECT;
+  load.expected_attach_type = hook;
   load.insns = pointer(program);
   load.insn_cnt = std::size(program);
   load.license = pointer("GPL");
@@ -181,8 +195,8 @@ ForeignProgram::ForeignProgram(const Cgroup& cgroup, std::uint16_t refused_port)
   bpf_attr attach{};
   attach.target_fd = static_cast<std::uint32_t>(cgroup_.get());
   attach.attach_bpf_fd = static_cast<std::uint32_t>(program_.get());
-  attach.attach_type = BPF_CGROUP_INET4_CONNECT;
-  attach.attach_flags = BPF_F_ALLOW_MULTI;
+  attach.attach_type = hook;
+  attach.attach_flags = flags;
   checked(bpf(BPF_PROG_ATTACH, attach), "BPF_PROG_ATTACH");
 }
 
@@ -190,7 +204,7 @@ ForeignProgram::~ForeignProgram() {
   bpf_attr attr{};
   attr.target_fd = static_cast<std::uint32_t>(cgroup_.get());
   attr.attach_bpf_fd = static_cast<std::uint32_t>(program_.get());
-  attr.attach_type = BPF_CGROUP_INET4_CONNECT;
+  attr.attach_type = hook_;
   bpf(BPF_PROG_DETACH, attr);
 }
 

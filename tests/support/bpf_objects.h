@@ -19,10 +19,17 @@ namespace support {
 /// bpf(2). A negative result leaves errno.
 int bpf(bpf_cmd command, bpf_attr& attr);
 
-/// The programs attached to a cgroup's connect4 hook, in the order in which they run.
-std::vector<std::uint32_t> connect4_programs(const Cgroup& cgroup);
+/// The programs attached to one of a cgroup's hooks, in the order in which they run.
+std::vector<std::uint32_t> programs_at(const Cgroup& cgroup, bpf_attach_type hook);
+inline std::vector<std::uint32_t> connect4_programs(const Cgroup& cgroup) {
+  return programs_at(cgroup, BPF_CGROUP_INET4_CONNECT);
+}
 
 std::string program_name(std::uint32_t program);
+
+/// The maps that a program uses.
+std::vector<std::uint32_t> maps_of(std::uint32_t program);
+std::string map_name(std::uint32_t map);
 
 /// The map of this name among the pins below a directory. Throws when there is none.
 Fd pinned_map(const std::string& directory, const std::string& name);
@@ -68,10 +75,12 @@ std::size_t still_there(const BpfObjects& objects);
 /// All programs, maps and links of this machine. Other processes change it at any time.
 std::size_t count_all_objects();
 
-/// Somebody else's connect4 program, attached beside ours: it refuses, with EPERM, connects to one port.
+/// Somebody else's program, attached beside ours to connect4 or another hook that has a destination: it refuses, with
+/// EPERM, what goes to one port.
 class ForeignProgram {
  public:
-  ForeignProgram(const Cgroup& cgroup, std::uint16_t refused_port);
+  ForeignProgram(const Cgroup& cgroup, std::uint16_t refused_port, bpf_attach_type hook = BPF_CGROUP_INET4_CONNECT,
+                 std::uint32_t flags = BPF_F_ALLOW_MULTI);
   ~ForeignProgram();
   ForeignProgram(const ForeignProgram&) = delete;
   ForeignProgram& operator=(const ForeignProgram&) = delete;
@@ -79,6 +88,7 @@ class ForeignProgram {
   std::uint32_t id() const { return id_; }
 
  private:
+  bpf_attach_type hook_;
   Fd cgroup_;
   Fd program_;
   std::uint32_t id_ = 0;
