@@ -194,10 +194,7 @@ TEST_F(Session, SendtoOnAConnectedSocketGoesToItsBackend) {
 }
 
 TEST_F(Session, ConnectedUdpSocketOfABackendThatLeftIsEnded) {
-  clusterip_capabilities can{};
-  can.size = sizeof can;
-  ASSERT_EQ(plugin().probe(&can, nullptr), 0);
-  if ((can.can & CLUSTERIP_CAN_DESTROY) == 0) GTEST_SKIP() << "this kernel cannot end sockets";
+  if (!can(CLUSTERIP_CAN_DESTROY)) SKIP_OR_FAIL("this kernel cannot end sockets");
 
   const NamedUdpServer one("one"), two("two", "127.0.0.2"), plain("plain", "127.0.0.3");
   Handle handle =
@@ -224,10 +221,7 @@ TEST_F(Session, ConnectedUdpSocketOfABackendThatLeftIsEnded) {
 }
 
 TEST_F(Session, TcpOfABackendThatLeftGoesOnUnlessResetIsAsked) {
-  clusterip_capabilities can{};
-  can.size = sizeof can;
-  ASSERT_EQ(plugin().probe(&can, nullptr), 0);
-  if ((can.can & CLUSTERIP_CAN_DESTROY) == 0) GTEST_SKIP() << "this kernel cannot end sockets";
+  if (!can(CLUSTERIP_CAN_DESTROY)) SKIP_OR_FAIL("this kernel cannot end sockets");
 
   Fd listener(checked(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket"));
   const Endpoint local_end("127.0.0.1", 7000);
