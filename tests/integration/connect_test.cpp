@@ -127,12 +127,23 @@ TEST_F(Connect, RefusesPortOfVipThatNoServiceHas) {
 }
 
 TEST_F(Connect, RefusalSendsNoPacket) {
-  const Route route("10.96.0.0/16");
-  const Handle handle = serve(toml({{"empty", "10.96.0.1", 80, {}}}));
+  const Route route4("10.96.0.0/16"), route6("fd00::/64");
+  const std::string udp = "protocol = \"udp\"";
+  const Handle handle = serve(toml({{"tcp4", "10.96.0.1", 80, {}},
+                                    {"tcp6", "fd00::1", 80, {}},
+                                    {"udp4", "10.96.0.1", 80, {}, "unreachable", udp},
+                                    {"udp6", "fd00::1", 80, {}, "unreachable", udp}}));
   const std::string before = loopback_packets();
-  EXPECT_EQ(ask("10.96.0.1", 80), refused_with(ECONNREFUSED));
-  EXPECT_EQ(ask("10.96.0.1", 81), refused_with(ECONNREFUSED));
+  for (const auto& [family, vip] : {std::pair(AF_INET, "10.96.0.1"), std::pair(AF_INET6, "fd00::1")}) {
+    EXPECT_EQ(ask(vip, 80), refused_with(ECONNREFUSED));
+    EXPECT_EQ(ask(vip, 81), refused_with(ECONNREFUSED));
+    EXPECT_EQ(support::connect_errno(udp_socket(family).get(), vip, 80), EHOSTUNREACH);
+    EXPECT_EQ(exchange(udp_socket(family).get(), vip, 80), "EHOSTUNREACH");
+    EXPECT_EQ(exchange(udp_socket(family).get(), vip, 81), "ECONNREFUSED");
+  }
   EXPECT_EQ(loopback_packets(), before);
+  ASSERT_EQ(::sendto(udp_socket().get(), "x", 1, 0, Endpoint("10.96.0.9", 80).address(), sizeof(sockaddr_in)), 1);
+  EXPECT_NE(loopback_packets(), before) << "what is sent would be seen";
 }
 
 TEST_F(Connect, LeavesOtherAddressesUntouched) {

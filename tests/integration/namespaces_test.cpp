@@ -33,35 +33,70 @@ struct Connection {
   Fd server;
 };
 
-/// What one container has: its own backends at the addresses that all have, and sockets of each kind. Says when they
-/// are connected, and looks at them when it is told that a backend has left.
+struct Family {
+  int socket;
+  std::string backend;
+  std::string leaving;   // VIP of services whose backend leaves
+  std::string staying;   // VIP of services whose backend stays
+  std::string draining;  // the first again, but TCP is not to be reset
+};
+const Family families[] = {{AF_INET, "127.0.0.1", "10.96.0.1", "10.96.0.2", "10.96.0.3"},
+                           {AF_INET6, "::1", "fd00::1", "fd00::2", "fd00::3"}};
+
+/// What one container has of one family: its own backends, at the address that all have, and sockets of each kind.
+class Inhabitant {
+ public:
+  explicit Inhabitant(const Family& family)
+      : leaving_udp_("leaving", family.backend, leaving_port),
+        staying_udp_("staying", family.backend, staying_port),
+        leaving_tcp_(family.backend, leaving_port),
+        staying_tcp_(family.backend, staying_port),
+        ended_(connected_udp(family, family.leaving, 53)),
+        other_(connected_udp(family, family.staying, 53)),
+        direct_(connected_udp(family, family.backend, leaving_port)),
+        moved_(connected_udp(family, family.leaving, 53)),
+        reset_(leaving_tcp_, family.leaving, 80),
+        draining_(leaving_tcp_, family.draining, 80),
+        staying_(staying_tcp_, family.staying, 80),
+        plain_(leaving_tcp_, family.backend, leaving_port) {
+    require(connect_errno(moved_.get(), family.staying, 53) == 0, "UDP that moves on");
+    require(reset_.works(), "TCP before");
+  }
+
+  /// To be called when the backend has left.
+  void require_that_only_its_sockets_are_ended() const {
+    const std::string said = receive(ended_.get());
+    require(said == "ECONNABORTED", "UDP of the backend that left: " + said);
+    require(end_of(reset_.client) == ECONNABORTED, "TCP of the backend that left");
+    for (const Fd* spared : {&other_, &direct_, &moved_}) {
+      require(::send(spared->get(), "x", 1, 0) == 1, "UDP that is spared does not send");
+      require(receive(spared->get()).find(" from ") != std::string::npos, "UDP that is spared hears nothing");
+    }
+    require(draining_.works() && staying_.works() && plain_.works(), "TCP that is spared");
+  }
+
+ private:
+  static Fd connected_udp(const Family& family, const std::string& address, std::uint16_t port) {
+    Fd fd = udp_socket(family.socket);
+    require(connect_errno(fd.get(), address, port) == 0, "UDP to " + address);
+    return fd;
+  }
+
+  NamedUdpServer leaving_udp_, staying_udp_;
+  TcpListener leaving_tcp_, staying_tcp_;
+  Fd ended_, other_, direct_, moved_;
+  Connection reset_, draining_, staying_, plain_;
+};
+
+/// Says when it is connected, and looks at its sockets when it is told that a backend has left.
 void live_in_a_namespace(const Channel& channel) {
   checked(::unshare(CLONE_NEWNET), "unshare");
   raise_loopback();
-  const NamedUdpServer leaving_udp("leaving", "127.0.0.1", leaving_port);
-  const NamedUdpServer staying_udp("staying", "127.0.0.1", staying_port);
-  const TcpListener leaving_tcp("127.0.0.1", leaving_port), staying_tcp("127.0.0.1", staying_port);
-
-  const Fd ended = udp_socket(), other = udp_socket(), direct = udp_socket(), moved = udp_socket();
-  require(connect_errno(ended.get(), "10.96.0.1", 53) == 0, "UDP to the backend that leaves");
-  require(connect_errno(other.get(), "10.96.0.2", 53) == 0, "UDP to the backend that stays");
-  require(connect_errno(direct.get(), "127.0.0.1", leaving_port) == 0, "UDP without a VIP");
-  require(connect_errno(moved.get(), "10.96.0.1", 53) == 0, "UDP to the backend that leaves");
-  require(connect_errno(moved.get(), "10.96.0.2", 53) == 0, "UDP that has moved on");
-  const Connection reset(leaving_tcp, "10.96.0.1", 80), draining(leaving_tcp, "10.96.0.3", 80),
-      staying(staying_tcp, "10.96.0.2", 80), plain(leaving_tcp, "127.0.0.1", leaving_port);
-  require(reset.works(), "TCP before");
+  const Inhabitant four(families[0]), six(families[1]);
   channel.tell('c');
   channel.hear();
-
-  const std::string said = receive(ended.get());
-  require(said == "ECONNABORTED", "UDP of the backend that left: " + said);
-  require(end_of(reset.client) == ECONNABORTED, "TCP of the backend that left");
-  for (const Fd* spared : {&other, &direct, &moved}) {
-    require(::send(spared->get(), "x", 1, 0) == 1, "UDP that is spared does not send");
-    require(receive(spared->get()).find(" from ") != std::string::npos, "UDP that is spared hears nothing");
-  }
-  require(draining.works() && staying.works() && plain.works(), "TCP that is spared");
+  four.require_that_only_its_sockets_are_ended();
+  six.require_that_only_its_sockets_are_ended();
 }
 
 class Namespaces : public Integration {};
@@ -71,21 +106,28 @@ TEST_F(Namespaces, SocketsOfABackendThatLeftAreEndedInEach) {
 
   const std::string udp = "protocol = \"udp\"";
   const std::string reset = "on_remove = \"reset\"";
-  const std::vector<Backend> leaving = {{"127.0.0.1", leaving_port}}, staying = {{"127.0.0.1", staying_port}};
-  const auto services = [&](const std::vector<Backend>& first) {
-    return toml({{"udp", "10.96.0.1", 53, first, "refuse", udp},
-                 {"udp-other", "10.96.0.2", 53, staying, "refuse", udp},
-                 {"tcp", "10.96.0.1", 80, first, "refuse", reset},
-                 {"tcp-other", "10.96.0.2", 80, staying, "refuse", reset},
-                 {"tcp-drain", "10.96.0.3", 80, first}});
+  const auto services = [&](std::uint16_t port) {
+    std::vector<Service> all;
+    for (const Family& family : families) {
+      const std::string v = family.socket == AF_INET ? "4" : "6";
+      const std::vector<Backend> first = {{family.backend, port}}, staying = {{family.backend, staying_port}};
+      all.push_back({"udp" + v, family.leaving, 53, first, "refuse", udp});
+      all.push_back({"udp-other" + v, family.staying, 53, staying, "refuse", udp});
+      all.push_back({"tcp" + v, family.leaving, 80, first, "refuse", reset});
+      all.push_back({"tcp-other" + v, family.staying, 80, staying, "refuse", reset});
+      all.push_back({"tcp-drain" + v, family.draining, 80, first});
+    }
+    return toml(all);
   };
-  Handle handle = serve(services(leaving));
+  Handle handle = serve(services(leaving_port));
   std::vector<std::unique_ptr<Child>> containers;
   for (int i = 0; i < 3; ++i) containers.push_back(std::make_unique<Child>(live_in_a_namespace));
   for (const auto& container : containers) container->channel().hear();
-  EXPECT_EQ(handle.visit().at(3).live, 3u) << "\"udp\"";
+  std::uint64_t live = 0;
+  for (const SeenService& service : handle.visit()) live += service.live;
+  EXPECT_EQ(live, 3u * 2u * 6u) << "in each, of each family: three of UDP and three of TCP";
 
-  ASSERT_TRUE(ok(handle.load(services(staying))));
+  ASSERT_TRUE(ok(handle.load(services(staying_port))));
   for (const auto& container : containers) container->channel().tell('g');
   for (const auto& container : containers) EXPECT_EQ(container->wait(), "");
   for (const SeenService& service : handle.visit()) EXPECT_EQ(service.reason, "") << service.name;
