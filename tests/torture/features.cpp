@@ -195,7 +195,7 @@ class StorageCounter {
         instruction(BPF_LDX | BPF_MEM | BPF_DW, 1, 1, 0, 0),  // ->seq
         instruction(BPF_ST | BPF_MEM | BPF_B, 10, 0, -1, 1),
         instruction(BPF_ALU64 | BPF_MOV | BPF_X, 2, 10, 0, 0),
-        instruction(BPF_ALU64 | BPF_ADD | BPF_K, 2, 0, 0, -1),
+        instruction(BPF_ALU64 | BPF_ADD, 2, 0, 0, -1),
         instruction(BPF_ALU64 | BPF_MOV | BPF_K, 3, 0, 0, 1),
         instruction(BPF_JMP | BPF_CALL, 0, 0, 0, BPF_FUNC_seq_write),
         instruction(BPF_ALU64 | BPF_MOV | BPF_K, 0, 0, 0, 0),
