@@ -102,6 +102,7 @@ enum client { /* who is one client to affinity and maglev */
 #define BLOCK_MARK 4u    /* connected sockets get `mark` */
 #define BLOCK_RESET 8u   /* connections of a backend that leaves are ended; for user space */
 #define BLOCK_KEEP 16u   /* connected UDP sockets are left alone, too; for user space */
+#define BLOCK_LEFT 32u   /* left to the userspace engine: no slots, NO_BACKEND_PASS; for user space */
 
 #define AFFINITY_UNIT_MS 10 /* a year has to fit into 32 bits */
 

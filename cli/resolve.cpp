@@ -55,6 +55,7 @@ std::string to_text(const Endpoint& asked, const clusterip_resolution& found) {
       "service {}, engine {}", config::printable(static_cast<const char*>(found.service)), engine_name(found.engine));
   switch (found.verdict) {
     case CLUSTERIP_VERDICT_PASS:
+      if (found.engine != 0) return fmt::format("{}: {}: a connect() passes untouched", vip, service);
       return fmt::format("{}: not ours, a connect() passes untouched", vip);
     case CLUSTERIP_VERDICT_REWRITTEN: {
       const AddressAndPort backend = numeric(found.backend);

@@ -5,6 +5,7 @@
 #include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 
@@ -36,6 +37,9 @@ bool is_shortage(int error) {
          error == ENOSPC;  // of epoll: fs.epoll.max_user_watches
 }
 
+// What is said of a socket that is read. It is said once, when it comes: epoll is edge-triggered.
+constexpr std::uint32_t to_read = EPOLLIN | EPOLLRDHUP | EPOLLPRI;
+
 bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
 
 /// Cheaper than asking for the state.
@@ -65,44 +69,23 @@ std::uint32_t undelivered_bytes(int fd) {
   return tcp_state(fd) != TCP_CLOSE && ::ioctl(fd, SIOCOUTQ, &bytes) == 0 ? static_cast<std::uint32_t>(bytes) : 0;
 }
 
+/// Whether the next byte is urgent. Leaves errno as it is.
+bool is_at_mark(int fd) {
+  const int error = errno;
+  int at_mark = 0;
+  ::ioctl(fd, SIOCATMARK, &at_mark);
+  errno = error;
+  return at_mark != 0;
+}
+
 }  // namespace
-
-/// The handler of a wait: small, so that an idle connection stays small.
-struct Relay::Woken {
-  Relay* relay;
-  Side side;
-  bool to_write;
-  std::uint16_t generation;
-
-  void operator()(const boost::system::error_code&) const {
-    --relay->waits_;
-    if (relay->legs_[side].generation == generation) relay->woken(side, to_write);
-    relay->release_if_closed();
-  }
-};
-
-/// The handler of a wait for a reset.
-struct Relay::Failed {
-  Relay* relay;
-  Side side;
-  std::uint16_t generation;
-
-  void operator()(const boost::system::error_code&) const {
-    --relay->waits_;
-    if (relay->legs_[side].generation == generation) relay->failed_after_its_end(side);
-    relay->release_if_closed();
-  }
-};
 
 Relay::Relay(Worker& worker, Accepted accepted)
     : worker_(worker),
       service_(std::move(accepted.service)),
-      attempt_(std::make_unique<Attempt>(accepted.client, std::vector<BackendPointer>{})),
-      legs_{Leg(worker.io()), Leg(worker.io())} {
+      attempt_(std::make_unique<Attempt>(accepted.client, std::vector<BackendPointer>{})) {
   worker_.add(*this);
-  boost::system::error_code error;
-  legs_[client].socket.assign(accepted.socket.get(), error);
-  if (!error) accepted.socket.release();
+  legs_[client].socket = std::move(accepted.socket);
 }
 
 Relay::~Relay() {
@@ -112,11 +95,8 @@ Relay::~Relay() {
 }
 
 void Relay::start(Worker& worker, Accepted accepted) {
-  auto* relay = new Relay(worker, std::move(accepted));  // deletes itself
-  if (relay->legs_[client].socket.is_open())
-    relay->try_backends();
-  else
-    relay->close();
+  auto* relay = new Relay(worker, std::move(accepted));  // the worker's
+  relay->try_backends();
   relay->release_if_closed();
 }
 
@@ -134,7 +114,7 @@ void Relay::try_backends() {
     if (error == 0) return connected();
     if (error == EINPROGRESS) {
       worker_.wait(*this, Worker::Wait::connecting);
-      return wait_to_write(backend_side);
+      return;
     }
     attempt_failed(error);
     if (is_shortage(error)) break;  // another backend would not change that
@@ -158,10 +138,8 @@ int Relay::connect_to(const Backend& backend) {
     set_reset_on_close(socket.get());
     return ECONNREFUSED;
   }
-  boost::system::error_code assigned;
-  legs_[backend_side].socket.assign(socket.get(), assigned);
-  if (assigned) return ENOSPC;
-  socket.release();
+  legs_[backend_side].socket = std::move(socket);
+  if (error == EINPROGRESS && !watch(backend_side, EPOLLOUT)) return ENOSPC;
   return error;
 }
 
@@ -193,8 +171,9 @@ void Relay::connected() {
   attempt_.reset();
   if (!sent) return reset();
   pump(client);
-  // The backend may speak first.
-  if (phase_ == Phase::open) wait_to_read(backend_side);
+  if (phase_ != Phase::open) return;
+  // What has come before is reported at once. The backend may speak first.
+  if (!watch(client, to_read) || !watch(backend_side, to_read)) reset();
 }
 
 bool Relay::send_proxy_header() {
@@ -207,53 +186,58 @@ bool Relay::send_proxy_header() {
   return ::send(fd(backend_side), header.data(), header.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(header.size());
 }
 
-void Relay::Leg::close() {
-  boost::system::error_code ignored;
-  socket.close(ignored);
-  waits_to_read = waits_to_write = false;
-  ++generation;  // waits that have ended, but whose handler has not run yet, are nobody's
-}
+void Relay::Leg::close() { *this = {.relay = relay, .side = side}; }
 
 // --- waiting --------------------------------------------------------------------------------------------------------
 
-void Relay::wait_to_read(Side side) {
+/// False when the kernel has no memory for it, or no more watches.
+bool Relay::watch(Side side, std::uint32_t events) {
   Leg& leg = legs_[side];
-  if (leg.waits_to_read) return;
-  leg.waits_to_read = true;
-  ++waits_;
-  leg.socket.async_wait(Descriptor::wait_read, Woken{this, side, false, leg.generation});
+  const std::uint32_t all = leg.watched | events;
+  if (all == leg.watched) return true;
+  if (!worker_.watch(leg, all)) return false;
+  leg.watched = all;
+  return true;
 }
 
 void Relay::wait_to_write(Side side) {
-  Leg& leg = legs_[side];
-  if (leg.waits_to_write) return;
-  leg.waits_to_write = true;
-  ++waits_;
-  leg.socket.async_wait(Descriptor::wait_write, Woken{this, side, true, leg.generation});
+  legs_[side].waits_to_write = true;
+  if (!watch(side, EPOLLOUT)) reset();
 }
 
-/// A side that has said all is not read any more, and may be reset nevertheless.
-void Relay::wait_for_reset(Side side) {
-  Leg& leg = legs_[side];
-  ++waits_;
-  leg.socket.async_wait(Descriptor::wait_error, Failed{this, side, leg.generation});
+/// Lets the others have their turn: what is watched already is reported again when it is watched anew.
+void Relay::go_on_later(Side side) {
+  if (legs_[side].watched != 0 && !worker_.watch(legs_[side], legs_[side].watched)) reset();
 }
 
-void Relay::failed_after_its_end(Side side) {
-  if (phase_ == Phase::open && tcp_state(fd(side)) == TCP_CLOSE) reset_when_delivered(other(side));
-}
-
-void Relay::woken(Side side, bool to_write) {
-  (to_write ? legs_[side].waits_to_write : legs_[side].waits_to_read) = false;
+void Relay::ready(Side side, std::uint32_t events) {
   switch (phase_) {
     case Phase::connecting:
-      return connect_outcome();
+      connect_outcome();
+      break;
     case Phase::open:
-      return pump(to_write ? other(side) : side);
+      pump_what_is_ready(side, events);
+      break;
     case Phase::delivering:
-    case Phase::closed:
+    case Phase::closed:  // by what came of its other socket
       return;
   }
+  release_if_closed();
+}
+
+void Relay::pump_what_is_ready(Side side, std::uint32_t events) {
+  Leg& leg = legs_[side];
+  if ((events & (EPOLLRDHUP | EPOLLPRI | EPOLLHUP | EPOLLERR)) != 0) leg.has_more = true;
+  if (leg.waits_to_write && (events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) != 0) {
+    leg.waits_to_write = false;
+    pump(other(side));
+  }
+  // What the other side does not take yet is not read, either.
+  if (phase_ == Phase::open && !legs_[other(side)].waits_to_write) pump(side);
+  // A side that has said all is not read any more, and may be reset nevertheless.
+  if (phase_ == Phase::open && directions_[side].is_finished && (events & (EPOLLHUP | EPOLLERR)) != 0 &&
+      tcp_state(fd(side)) == TCP_CLOSE)
+    reset_when_delivered(other(side));
 }
 
 void Relay::expire() {
@@ -265,16 +249,13 @@ void Relay::expire() {
     case Phase::open:
       if (!is_kept_alive_) {
         keep_alive();
-        for (const Side side : {client, backend_side}) {
-          if (directions_[side].is_finished) wait_for_reset(side);
-        }
         progress();
       } else {
         reset();  // idle, or half closed without progress
       }
       break;
     case Phase::delivering:
-      reset_when_delivered(legs_[client].socket.is_open() ? client : backend_side);
+      reset_when_delivered(legs_[client].socket ? client : backend_side);
       break;
     case Phase::closed:
       break;
@@ -296,20 +277,21 @@ void Relay::pump(Side from) {
         break;
     }
     if (direction.has_read_all) return finish(from);
-    if (round == rounds) return wait_to_read(from);
+    if (round == rounds) return go_on_later(from);
 
     const bool copying = !direction.pipe;
-    const std::int64_t size = copying ? receive(from) : splice_in(from, round == 0);
+    const std::int64_t size = copying ? receive(from) : splice_in(from);
     if (size > 0) {
       progress();
       adapt(from, size);
-      // Less than there was room for: that was all. If more has come since, the wait ends at once.
-      if (copying && std::cmp_less(size, worker_.buffer().size()) && !direction.held && !direction.pipe)
-        return wait_to_read(from);
+      // Less than there was room for: that was all, and of what comes now there will be word.
+      if (copying && std::cmp_less(size, worker_.buffer().size()) && !direction.held && !direction.pipe &&
+          !legs_[from].has_more)
+        return;
     } else if (size == 0) {
       direction.has_read_all = true;
     } else if (would_block(errno)) {
-      return wait_to_read(from);
+      return;
     } else if (errno != EINTR) {
       // A reset. All that came before it has been passed on.
       return reset_when_delivered(other(from));
@@ -340,8 +322,7 @@ void Relay::hold(Side from, std::string_view bytes) {
   directions_[from].held = std::make_unique<Held>(std::vector<char>(bytes.begin(), bytes.end()), 0);
 }
 
-/// `is_woken`: the socket has been said to be readable.
-std::int64_t Relay::splice_in(Side from, bool is_woken) {
+std::int64_t Relay::splice_in(Side from) {
   Direction& direction = directions_[from];
   // The pipe is empty here, so EAGAIN means that the socket is, too.
   const ssize_t size = ::splice(fd(from), nullptr, direction.pipe->write.get(), nullptr, direction.pipe->capacity,
@@ -349,10 +330,7 @@ std::int64_t Relay::splice_in(Side from, bool is_woken) {
   if (size < 0 && errno == EINVAL) direction.can_splice = false;  // this kind of socket cannot
   // splice() does not get past urgent data (MSG_OOB): it says EAGAIN before the mark although bytes follow, and 0 when
   // a FIN does. recv() steps over it.
-  char next = 0;
-  const bool is_stuck =
-      size == 0 || (size < 0 && (errno == EINVAL || (is_woken && would_block(errno) &&
-                                                     ::recv(fd(from), &next, 1, MSG_PEEK | MSG_DONTWAIT) >= 0)));
+  const bool is_stuck = size == 0 || (size < 0 && (errno == EINVAL || (would_block(errno) && is_at_mark(fd(from)))));
   if (is_stuck) {
     leave_splicing(direction);
     return receive(from);
@@ -466,7 +444,6 @@ void Relay::finish(Side from) {
   direction.is_finished = true;
   if (directions_[to].is_finished) return close();
   ::shutdown(fd(to), SHUT_WR);
-  if (is_kept_alive_) wait_for_reset(from);  // a young one is given that with its keepalive: most end before
   progress();
 }
 
@@ -513,7 +490,7 @@ void Relay::end() {
 
 void Relay::reset() {
   for (Leg& leg : legs_) {
-    if (leg.socket.is_open()) set_reset_on_close(leg.socket.native_handle());
+    if (leg.socket) set_reset_on_close(leg.socket.get());
   }
   close();
 }
@@ -530,9 +507,8 @@ void Relay::close() {
   if (backend_) backend_->live.fetch_sub(1, std::memory_order_relaxed);
 }
 
-/// The waits of a closed socket end one by one, each by a call of Woken.
 void Relay::release_if_closed() {
-  if (phase_ == Phase::closed && waits_ == 0) delete this;
+  if (phase_ == Phase::closed) worker_.release(*this);
 }
 
 }  // namespace userspace

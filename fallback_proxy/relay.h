@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
 // One proxied TCP connection: from the client that was accepted to a backend that takes it, until both have said all.
-// It belongs to one Worker, runs in its thread, and deletes itself.
+// It belongs to one Worker and runs in its thread, which deletes it once it has ended.
 //
 //        legs_[client]                                   legs_[backend]
 //      ┌──────────────┐   directions_[client]  ───────►  ┌──────────────┐
@@ -13,8 +13,6 @@
 // (splice), so that an idle connection holds neither.
 #pragma once
 
-#include <boost/asio/io_context.hpp>
-#include <boost/asio/posix/basic_stream_descriptor.hpp>
 #include <boost/intrusive/list.hpp>
 #include <cstdint>
 #include <memory>
@@ -44,8 +42,23 @@ using Listed = boost::intrusive::list_base_hook<boost::intrusive::tag<ListedTag>
 
 class Relay : public Waiting, public Listed {
  public:
+  enum Side : std::uint8_t { client, backend_side };
+
+  /// One of its two sockets. The address is what Worker::watch() gives to epoll.
+  struct Leg {
+    void close();
+
+    Relay* relay;
+    config::Fd socket = {};
+    std::uint32_t watched = 0;  // EPOLL*: 0 when it is not watched yet
+    Side side;
+    bool waits_to_write = false;
+    bool has_more = false;   // its end, an error or urgent data is behind what can be read: a short read was not all
+    bool is_broken = false;  // writing failed: what it still sends is passed on, then the other side is reset
+  };
+
   static void start(Worker& worker, Accepted accepted);
-  ~Relay();  // by itself, or by its worker when no handler can come any more
+  ~Relay();  // by its worker
 
   const Service& service() const { return *service_; }
   /// Null while none is chosen.
@@ -55,24 +68,12 @@ class Relay : public Waiting, public Listed {
   void end();
   /// What Worker::wait() was asked to wait for is due.
   void expire();
+  /// The socket is ready for `events` (EPOLL*).
+  void ready(Side side, std::uint32_t events);
 
  private:
-  enum Side : std::uint8_t { client, backend_side };
   enum class Phase : std::uint8_t { connecting, open, delivering, closed };
   enum class Flushed : std::uint8_t { all, blocked, broken };
-
-  using Descriptor = boost::asio::posix::basic_stream_descriptor<boost::asio::io_context::executor_type>;
-
-  struct Leg {
-    explicit Leg(boost::asio::io_context& io) : socket(io) {}
-    void close();
-
-    Descriptor socket;
-    std::uint16_t generation = 0;  // of the socket
-    bool waits_to_read = false;
-    bool waits_to_write = false;
-    bool is_broken = false;  // writing failed: what it still sends is passed on, then the other side is reset
-  };
 
   /// Bytes that were read and that the other side did not take.
   struct Held {
@@ -97,13 +98,10 @@ class Relay : public Waiting, public Listed {
     std::vector<BackendPointer> tried;
   };
 
-  struct Woken;
-  struct Failed;
-
   Relay(Worker& worker, Accepted accepted);
 
   static Side other(Side side) { return side == client ? backend_side : client; }
-  int fd(Side side) { return legs_[side].socket.native_handle(); }
+  int fd(Side side) const { return legs_[side].socket.get(); }
 
   void try_backends();
   int connect_to(const Backend& backend);
@@ -112,16 +110,15 @@ class Relay : public Waiting, public Listed {
   void connected();
   bool send_proxy_header();
 
-  void wait_to_read(Side side);
+  bool watch(Side side, std::uint32_t events);
+  void watch_for_reading();
   void wait_to_write(Side side);
-  void wait_for_reset(Side side);
-  void failed_after_its_end(Side side);
-  void woken(Side side, bool to_write);
+  void go_on_later(Side side);
+  void pump_what_is_ready(Side side, std::uint32_t events);
 
   void pump(Side from);
   std::int64_t receive(Side from);
-  std::int64_t splice_in(Side from, bool is_woken);
-  bool forward(Side from, std::string_view bytes);
+  std::int64_t splice_in(Side from);
   void second_send_sets_no_delay();
   void hold(Side from, std::string_view bytes);
   Flushed flush(Side from);
@@ -145,12 +142,10 @@ class Relay : public Waiting, public Listed {
   std::shared_ptr<const Service> service_;
   BackendPointer backend_;
   std::unique_ptr<Attempt> attempt_;
-  // NOLINTNEXTLINE(modernize-use-default-member-init): they take the worker's event loop
-  Leg legs_[2];
+  Leg legs_[2] = {{.relay = this, .side = client}, {.relay = this, .side = backend_side}};
   Direction directions_[2];
   std::uint16_t checks_ = 0;  // of an undelivered end, without progress
   std::uint32_t undelivered_ = 0;
-  std::uint8_t waits_ = 0;
   Phase phase_ = Phase::connecting;
   std::uint8_t sends_ = 0;  // to the backend, as far as 2
   bool is_kept_alive_ = false;

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <boost/asio/io_context.hpp>
+#include <boost/asio/posix/stream_descriptor.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/intrusive/list.hpp>
 #include <cstdint>
@@ -65,7 +66,12 @@ class Worker {
 
   void start(Accepted accepted);
   void add(Relay& relay);
-  /// It has ended.
+  /// Calls relay.ready() when one of `events` (EPOLL*) begins to hold, and now if one does. False when the kernel has
+  /// no room for that. Ends with the socket.
+  bool watch(Relay::Leg& leg, std::uint32_t events);
+  /// Deletes it, as soon as nothing can be reported of it any more.
+  void release(Relay& relay);
+  /// It has been deleted.
   void ended();
 
   enum class Wait : std::uint8_t { connecting, young, idle, half_closed, delivering };
@@ -97,6 +103,8 @@ class Worker {
   void when_there_is_room(std::function<void()> resume);
 
  private:
+  void wait_for_relays();
+  void run_ready_relays();
   void arm(Clock::time_point due);
   void expire();
   template <class Item>
@@ -128,8 +136,12 @@ class Worker {
   std::optional<Clock::time_point> armed_;
   boost::asio::steady_timer pause_;
   std::vector<std::function<void()>> paused_;
-  boost::intrusive::list<Relay, boost::intrusive::base_hook<Listed>, boost::intrusive::constant_time_size<false>>
-      relays_;
+  boost::asio::posix::stream_descriptor epoll_;  // watches the relays' sockets
+  bool is_running_relays_ = false;
+  using Relays =
+      boost::intrusive::list<Relay, boost::intrusive::base_hook<Listed>, boost::intrusive::constant_time_size<false>>;
+  Relays relays_;
+  Relays ended_relays_;
   std::thread thread_;
 };
 

@@ -447,7 +447,9 @@ int clusterip_resolve(clusterip* handle, const sockaddr* vip, socklen_t length, 
     }
     clusterip_resolution out{};
     out.verdict = std::to_underlying(resolution->verdict);
-    out.engine = resolution->service.empty() ? 0u : CLUSTERIP_ENGINE_BPF;
+    out.engine = resolution->service.empty() ? 0u
+                 : resolution->is_left_out   ? CLUSTERIP_ENGINE_USERSPACE
+                                             : CLUSTERIP_ENGINE_BPF;
     out.backends = resolution->backends;
     resolution->service.copy(out.service, sizeof out.service - 1);
     if (resolution->backend) {

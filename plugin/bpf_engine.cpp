@@ -78,6 +78,22 @@ std::uint32_t read_live(const backend_record& record) {
   return static_cast<std::uint32_t>(std::max(live, 0));
 }
 
+/// What is published for a service that the userspace engine carries: without it, a VIP that it shares with another
+/// service would refuse its port.
+config::Service pass_entry(const config::Service& service) {
+  config::Service entry = service;
+  entry.engine = config::EngineMode::userspace;
+  entry.no_backend = config::NoBackend::pass;
+  entry.backends.clear();
+  return entry;
+}
+
+bool is_left_out(const config::Service& service) { return service.engine == config::EngineMode::userspace; }
+
+std::string refusal_of(const config::Service& service, const std::string& reason) {
+  return "service \"" + service.name + "\": " + reason + "; the userspace engine (fallback_proxy) can carry it";
+}
+
 /// Different backends that the slots of a block name.
 std::uint32_t count_choices(const Maps& maps, const Block& block) {
   std::set<std::uint32_t> backends;
@@ -295,8 +311,9 @@ Result<void> BpfEngine::load_services(config::Config& config) {
       return std::unexpected(cgroup.error());
     }
   }
-  if (auto partial = leave_out_unsupported(config); !partial) {
-    return partial;
+  auto left_out = leave_out_unsupported(config);
+  if (!left_out) {
+    return std::unexpected(left_out.error());
   }
   config.services.push_back(canary_service());
   const config::Limits before = std::exchange(limits_, config.limits);
@@ -304,6 +321,7 @@ Result<void> BpfEngine::load_services(config::Config& config) {
     limits_ = before;
     return published;
   }
+  left_out_ = std::move(*left_out);
   note_limits();
   end_sockets_of_left();
   return attach_missing();
@@ -326,25 +344,20 @@ void BpfEngine::end_sockets_of_left() {
   }
 }
 
-/// Moves services that this kernel cannot carry to left_out_, if that is allowed.
-Result<void> BpfEngine::leave_out_unsupported(config::Config& config) {
-  std::vector<ServiceStatus> left_out;
-  for (const auto& service : config.services) {
-    std::string reason = can_.reason_against(service);
+/// Replaces services that this kernel cannot carry by their pass entries, if that is allowed; returns them.
+Result<std::vector<config::Service>> BpfEngine::leave_out_unsupported(config::Config& config) const {
+  std::vector<config::Service> left_out;
+  for (auto& service : config.services) {
+    const std::string reason = can_.reason_against(service);
     if (reason.empty()) {
       continue;
     }
     if (!options_.allow_partial) {
-      return fail(-EOPNOTSUPP, "service \"" + service.name + "\": " + reason);
+      return fail(-EOPNOTSUPP, refusal_of(service, reason));
     }
-    ServiceStatus status{
-        .service = service, .total = {}, .backends = {}, .reason = std::move(reason), .is_carried = false};
-    status.backends.resize(service.backends.size());
-    left_out.push_back(std::move(status));
+    left_out.push_back(std::exchange(service, pass_entry(service)));
   }
-  std::erase_if(config.services, [this](const auto& service) { return !can_.reason_against(service).empty(); });
-  left_out_ = std::move(left_out);
-  return {};
+  return left_out;
 }
 
 /// The hooks that what is published needs; others would only cost those who do not use us.
@@ -356,7 +369,7 @@ Hooks BpfEngine::needed_hooks(const Publisher& publisher) const {
   needed.insert(Hook::sendmsg6);
   for (const auto& published : publisher.published()) {
     const config::Service& service = published.service;
-    if (service.port == 0 || is_canary(service)) {
+    if (service.port == 0 || is_canary(service) || is_left_out(service)) {
       continue;
     }
     const block_header header = encode_header(service, 0, publisher.peer_names());
@@ -386,6 +399,12 @@ Result<void> BpfEngine::attach_missing() {
   return make_live(*state_);
 }
 
+/// Why a service is left to the userspace engine. Another process may have found that, with fewer privileges.
+std::string BpfEngine::reason_left_out(const config::Service& service) const {
+  const std::string reason = can_.reason_against(service);
+  return reason.empty() ? "the process that loaded it found something missing that it needs" : reason;
+}
+
 void BpfEngine::note_limits() const {
   state_->maps.meta().limit_services = limits_.services;
   state_->maps.meta().limit_backends = limits_.backends;
@@ -399,6 +418,9 @@ Result<void> BpfEngine::set_backends(std::string_view name, std::vector<config::
   const config::Service* service = state_ ? state_->publisher->find(name) : nullptr;
   if (service == nullptr || is_canary(*service)) {
     return fail(-ENOENT, "there is no service \"" + std::string(name) + "\"");
+  }
+  if (is_left_out(*service)) {
+    return fail(-EOPNOTSUPP, refusal_of(*service, reason_left_out(*service)));
   }
   if (const auto mistakes = config::check_backends(*service, backends); !mistakes.empty()) {
     return fail(-EBADMSG, mistakes.front().message);
@@ -450,6 +472,9 @@ Result<void> BpfEngine::set_backend_state(std::string_view name, const config::A
   const config::Service* service = state_ ? state_->publisher->find(name) : nullptr;
   if (service == nullptr || is_canary(*service)) {
     return fail(-ENOENT, "there is no service \"" + std::string(name) + "\"");
+  }
+  if (is_left_out(*service)) {
+    return fail(-EOPNOTSUPP, refusal_of(*service, reason_left_out(*service)));
   }
   auto backends = service->backends;
   const auto backend = std::ranges::find_if(
@@ -612,6 +637,10 @@ Result<Resolution> BpfEngine::resolve(const config::Address& vip, std::uint16_t 
       return fail(-EPROTO, "the pinned state is damaged: run `clusterip unload` and load again");
     }
     resolution.service = decode_service(services[*record]).name;
+    if ((maps.slots()[block.header].header.flags & BLOCK_LEFT) != 0) {
+      resolution.is_left_out = true;
+      return {};
+    }
     resolution.backends = count_choices(maps, block);
     if (block.slots == 0) {
       resolution.verdict = Verdict::no_backend;
@@ -650,6 +679,17 @@ Result<std::vector<ServiceStatus>> BpfEngine::status() {
                         .backends = {},
                         .reason = {},
                         .is_carried = true};
+      if (is_left_out(one.service)) {
+        const auto whole = std::ranges::find(left_out_, one.service.name, &config::Service::name);
+        if (whole != left_out_.end()) {
+          one.service = *whole;
+          one.backends.resize(whole->backends.size());
+        }
+        one.is_carried = false;
+        one.reason = reason_left_out(one.service);
+        status.push_back(std::move(one));
+        continue;
+      }
       const bool peer_names = (maps.meta().flags & META_PEER_NAMES) != 0;
       one.reason = can_.shortcoming(one.service, peer_names, ends);
       if (one.reason.empty() && one.service.protocol == config::Protocol::udp) {
@@ -666,7 +706,6 @@ Result<std::vector<ServiceStatus>> BpfEngine::status() {
   if (!done) {
     return std::unexpected(done.error());
   }
-  status.insert(status.end(), left_out_.begin(), left_out_.end());
   return status;
 }
 

@@ -41,6 +41,7 @@ struct Resolution {
   std::string service;
   std::uint32_t backends = 0;  // active ones
   std::optional<config::Backend> backend;
+  bool is_left_out = false;  // the userspace engine carries the service; to this one it is nobody's
 };
 
 struct BackendStatus {
@@ -104,7 +105,8 @@ class BpfEngine {
   Result<void> adopt();
   Result<Cgroup> own_cgroup() const;
   Result<std::unique_ptr<State>> fresh_state(std::span<config::Service> services, bool peer_names);
-  Result<void> leave_out_unsupported(config::Config& config);
+  Result<std::vector<config::Service>> leave_out_unsupported(config::Config& config) const;
+  std::string reason_left_out(const config::Service& service) const;
   Hooks needed_hooks(const Publisher& publisher) const;
   Result<void> attach_missing();
   void end_sockets_of_left();
@@ -123,8 +125,8 @@ class BpfEngine {
   std::unique_ptr<State> state_;
   Attachment attachment_;
   std::optional<EventReader> events_;
-  std::string sweep_obstacle_;           // why sockets of backends that left may still be there
-  std::vector<ServiceStatus> left_out_;  // services that this kernel cannot carry
+  std::string sweep_obstacle_;             // why sockets of backends that left may still be there
+  std::vector<config::Service> left_out_;  // services that this kernel cannot carry, as they were loaded
 };
 
 }  // namespace plugin

@@ -202,13 +202,15 @@ block_header encode_header(const config::Service& service, std::uint32_t record,
   const std::uint64_t affinity =
       service.affinity ? static_cast<std::uint64_t>(service.affinity->count() + AFFINITY_UNIT_MS - 1) / AFFINITY_UNIT_MS
                        : 0;
+  const bool is_left = service.engine == config::EngineMode::userspace;
   return {.no_backend = std::to_underlying(service.no_backend),
           .policy = std::to_underlying(service.policy),
           .client = std::to_underlying(service.client),
           .flags = static_cast<std::uint8_t>((peer_names ? BLOCK_NAMED : 0u) | (remembers ? BLOCK_SESSION : 0u) |
                                              (service.mark != 0 ? BLOCK_MARK : 0u) |
                                              (service.on_remove == config::OnRemove::reset ? BLOCK_RESET : 0u) |
-                                             (service.on_remove == config::OnRemove::keep ? BLOCK_KEEP : 0u)),
+                                             (service.on_remove == config::OnRemove::keep ? BLOCK_KEEP : 0u) |
+                                             (is_left ? BLOCK_LEFT : 0u)),
           .record = record,
           .affinity = static_cast<std::uint32_t>(std::min(affinity, longest)),
           .mark = service.mark};
@@ -225,6 +227,9 @@ void decode_header(const block_header& header, config::Service& service) {
     service.affinity = std::chrono::milliseconds(std::int64_t{header.affinity} * AFFINITY_UNIT_MS);
   }
   service.mark = header.mark;
+  if ((header.flags & BLOCK_LEFT) != 0) {
+    service.engine = config::EngineMode::userspace;
+  }
 }
 
 void encode_block(const config::Service& service, std::uint32_t record, std::span<const std::uint32_t> indices,

@@ -185,7 +185,8 @@ std::string Capabilities::reason_against(const config::Service& service) const {
            "count on";
   }
   if (service.mark != 0 && !mark) {
-    return "mark: this kernel has no bpf_setsockopt() in cgroup/connect programs (Linux 5.8)";
+    return "mark: this kernel has no bpf_setsockopt() in cgroup/connect programs (Linux 5.8), and fallback_proxy sets "
+           "none";
   }
   if (service.affinity || service.policy == config::Policy::maglev) {
     if (service.client == config::Client::netns && !netns_client) {

@@ -67,8 +67,9 @@ typedef struct {
 /* clusterip_options.flags */
 #define CLUSTERIP_ENGINE_TABLE 1u /* a path left NULL is taken from [engine] of the configuration that is loaded first */
 /*
- * Services that this kernel cannot carry are left out of what is loaded, rather than refuse all of it with -EOPNOTSUPP:
- * clusterip_visit_services gives each with CLUSTERIP_ENGINE_USERSPACE and the reason, in the handle that loaded them.
+ * Services that this kernel cannot carry are left to the userspace engine, rather than refuse all of it with -EOPNOTSUPP:
+ * what applications send to them passes untouched. clusterip_visit_services gives each with CLUSTERIP_ENGINE_USERSPACE
+ * and the reason; its backends only in the handle that loaded it.
  */
 #define CLUSTERIP_ALLOW_PARTIAL 2u
 
@@ -155,7 +156,7 @@ typedef struct {
 } clusterip_backend_info;
 
 /* What a connect() would meet. */
-#define CLUSTERIP_VERDICT_PASS 0u       /* no VIP of ours: untouched */
+#define CLUSTERIP_VERDICT_PASS 0u       /* no VIP of ours, or left to the userspace engine: untouched */
 #define CLUSTERIP_VERDICT_REWRITTEN 1u  /* reaches `backend` */
 #define CLUSTERIP_VERDICT_NO_BACKEND 2u /* the service has no backend: its no_backend applies */
 #define CLUSTERIP_VERDICT_NO_SERVICE 3u /* a port of a VIP that no service has: refused */
@@ -192,7 +193,7 @@ typedef struct {
 	uint64_t cookie; /* of the socket, as SO_COOKIE tells */
 	uint64_t cgroup; /* id of the caller's cgroup v2 */
 	uint32_t pid;
-	uint32_t verdict; /* CLUSTERIP_VERDICT_*; PASS: no_backend = "pass" */
+	uint32_t verdict; /* CLUSTERIP_VERDICT_*; PASS: no_backend = "pass", or left to the userspace engine */
 	uint32_t reason;  /* CLUSTERIP_REASON_* */
 	int32_t error;    /* the errno of a refusal; 0 */
 	uint8_t protocol; /* IPPROTO_TCP or IPPROTO_UDP */

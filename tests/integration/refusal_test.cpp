@@ -71,6 +71,25 @@ TEST_F(Refusal, TwoCapabilitiesAreEnough) {
   expect_nothing_of_ours();
 }
 
+TEST_F(Refusal, WithoutPerfmonTheStatusSaysThatSocketsStayWithABackendThatLeft) {
+  const NamedUdpServer one("one"), two("two");
+  EXPECT_EQ(in_child([&] {
+              drop_capabilities_except({CAP_BPF, CAP_NET_ADMIN});
+              Handle handle = serve(
+                  toml({{"kept", "10.96.0.1", 53, {backend(one)}, "refuse", "protocol = \"udp\"\non_remove = \"keep\""},
+                        {"udp", "10.96.0.2", 53, {backend(one)}, "refuse", "protocol = \"udp\""}}));
+              const Fd fd = udp_socket();
+              require(connect_errno(fd.get(), "10.96.0.2", 53) == 0, "not served");
+              require_ok(handle.set_backends("udp", {backend(two)}));
+              require(::send(fd.get(), "x", 1, 0) == 1, "the socket has been ended");
+              require(receive(fd.get()) == "one from 10.96.0.2:53", "the socket has another backend");
+              const auto seen = handle.visit();
+              require(seen[0].reason.empty(), seen[0].reason);
+              require(seen[1].reason.find("CAP_PERFMON") != std::string::npos, "no reason: " + seen[1].reason);
+            }),
+            "");
+}
+
 TEST_F(Refusal, DirectoryThatOthersCanWriteToIsNoPinPath) {
   const NamedServer server("server");
   const struct {

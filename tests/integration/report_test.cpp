@@ -2,10 +2,13 @@
 //
 // What the plugin tells: canary, resolve and visit.
 #include <arpa/inet.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <memory>
 
 #include "tests/support/fixture.h"
 
@@ -73,6 +76,18 @@ TEST_F(Report, CanarySeesThatSomebodyDetachedIt) {
   EXPECT_TRUE(fails_with(-ENOTCONN, handle.canary(&seen)));
   EXPECT_NE(seen.rewrite_errno, 0);
   EXPECT_TRUE(ok(handle.detach()));
+}
+
+TEST_F(Report, CanarySeesThatItsCgroupIsGone) {
+  auto separate = std::make_unique<Cgroup>();
+  const std::string path = separate->path();
+  Handle handle = serve(toml({}), {path, {}, 0});
+  EXPECT_TRUE(ok(handle.canary()));
+  separate.reset();
+  EXPECT_TRUE(fails_with(-ENOENT, handle.canary()));
+  ASSERT_EQ(::mkdir(path.c_str(), 0755), 0);
+  EXPECT_TRUE(fails_with(-ENOTCONN, handle.canary())) << "another one of that name";
+  EXPECT_TRUE(eventually([&] { return ::rmdir(path.c_str()) == 0; }));
 }
 
 TEST_F(Report, CanaryWorksFromOutsideTheCgroup) {

@@ -5,11 +5,13 @@
 #include <sys/wait.h>
 
 #include <csignal>
+#include <memory>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "tests/support/fixture.h"
+#include "tests/support/tcp.h"
 
 namespace {
 
@@ -154,18 +156,22 @@ TEST_F(Session, KilledClientGivesBack) {
 }
 
 TEST_F(Session, FlowKeepsItsBackendUntilThatLeaves) {
-  const NamedUdpServer one("one"), two("two", "127.0.0.2");
+  const NamedUdpServer one("one"), two("two", "127.0.0.2"), three("three", "127.0.0.3");
   const Service both{"dns", "10.96.0.1", 53, {backend(one), backend(two)}, "refuse", udp};
   Handle handle = serve(toml({both}));
   const Fd fd = udp_socket();
   const std::string first = exchange(fd.get(), "10.96.0.1", 53);
   for (int i = 0; i < 50; ++i) ASSERT_EQ(exchange(fd.get(), "10.96.0.1", 53), first);
   EXPECT_EQ(handle.visit().at(0).connects, 1u);
+  const std::uint16_t port = own_port(fd);
 
   const bool was_one = first.starts_with("one");
+  ASSERT_TRUE(ok(handle.set_backends(
+      "dns", {backend(was_one ? one : two), backend(was_one ? two : one, 9), backend(three, 100)})));
+  for (int i = 0; i < 10; ++i) ASSERT_EQ(exchange(fd.get(), "10.96.0.1", 53), first) << "others come, it stays";
   ASSERT_TRUE(ok(handle.set_backends("dns", {backend(was_one ? two : one)})));
-  EXPECT_EQ(exchange(fd.get(), "10.96.0.1", 53), (was_one ? "two" : "one") + std::string(" from 10.96.0.1:53"))
-      << "the socket has its port still";
+  EXPECT_EQ(exchange(fd.get(), "10.96.0.1", 53), (was_one ? "two" : "one") + std::string(" from 10.96.0.1:53"));
+  EXPECT_EQ(own_port(fd), port);
 }
 
 TEST_F(Session, FlowsOfOneSocketAreToldApart) {
@@ -181,6 +187,28 @@ TEST_F(Session, FlowsOfOneSocketAreToldApart) {
   }
 }
 
+TEST_F(Session, SocketForgetsTheFlowThatCameFirst) {
+  constexpr int flows = 8;  // that a socket keeps
+  std::vector<Service> services;
+  std::vector<std::unique_ptr<NamedUdpServer>> servers;
+  for (int i = 0; i <= flows; ++i) {
+    servers.push_back(std::make_unique<NamedUdpServer>("udp" + std::to_string(i)));
+    services.push_back(
+        {"udp" + std::to_string(i), "10.96.0." + std::to_string(i + 1), 53, {backend(*servers.back())}, "refuse", udp});
+  }
+  Handle handle = serve(toml(services));
+  const Fd fd = udp_socket();
+  const auto ask_all = [&](int first) {
+    for (int i = first; i <= flows; ++i)
+      ASSERT_EQ(exchange(fd.get(), services[i].vip, 53), services[i].name + " from " + services[i].vip + ":53");
+  };
+  ask_all(0);
+  ask_all(1);
+  for (int i = 1; i <= flows; ++i) EXPECT_EQ(handle.visit().at(i).connects, 1u) << "these are kept";
+  EXPECT_EQ(exchange(fd.get(), "10.96.0.1", 53), "udp0 from 10.96.0.1:53");
+  EXPECT_EQ(handle.visit().at(0).connects, 2u) << "a new one";
+}
+
 TEST_F(Session, SendtoOnAConnectedSocketGoesToItsBackend) {
   const NamedUdpServer one("one"), two("two", "127.0.0.2");
   const Handle handle = serve(toml({{"dns", "10.96.0.1", 53, {backend(one), backend(two)}, "refuse", udp}}));
@@ -194,10 +222,7 @@ TEST_F(Session, SendtoOnAConnectedSocketGoesToItsBackend) {
 }
 
 TEST_F(Session, ConnectedUdpSocketOfABackendThatLeftIsEnded) {
-  clusterip_capabilities can{};
-  can.size = sizeof can;
-  ASSERT_EQ(plugin().probe(&can, nullptr), 0);
-  if ((can.can & CLUSTERIP_CAN_DESTROY) == 0) GTEST_SKIP() << "this kernel cannot end sockets";
+  if (!can(CLUSTERIP_CAN_DESTROY)) SKIP_OR_FAIL("this kernel cannot end sockets");
 
   const NamedUdpServer one("one"), two("two", "127.0.0.2"), plain("plain", "127.0.0.3");
   Handle handle =
@@ -224,10 +249,7 @@ TEST_F(Session, ConnectedUdpSocketOfABackendThatLeftIsEnded) {
 }
 
 TEST_F(Session, TcpOfABackendThatLeftGoesOnUnlessResetIsAsked) {
-  clusterip_capabilities can{};
-  can.size = sizeof can;
-  ASSERT_EQ(plugin().probe(&can, nullptr), 0);
-  if ((can.can & CLUSTERIP_CAN_DESTROY) == 0) GTEST_SKIP() << "this kernel cannot end sockets";
+  if (!can(CLUSTERIP_CAN_DESTROY)) SKIP_OR_FAIL("this kernel cannot end sockets");
 
   Fd listener(checked(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket"));
   const Endpoint local_end("127.0.0.1", 7000);

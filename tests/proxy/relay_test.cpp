@@ -236,7 +236,10 @@ TEST_F(Relay, HoldsLittleForAClientThatDoesNotRead) {
   // Of 256 MiB that are to come.
   EXPECT_LT(proxy.resident_bytes(), before + 16 * mebi);
 
-  for (const auto& connection : connections) receive_stream(connection.client, 3, size);
+  std::vector<std::future<void>> receiving;
+  for (const auto& connection : connections)
+    receiving.push_back(meanwhile([&client = connection.client] { receive_stream(client, 3, size); }));
+  for (auto& receiver : receiving) receiver.get();
   for (auto& sender : sending) sender.get();
 }
 

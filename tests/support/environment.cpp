@@ -9,6 +9,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <fstream>
@@ -58,6 +59,8 @@ void raise_loopback() {
 }
 
 const std::string& missing_privilege() { return missing; }
+
+bool must_run() { return std::getenv("CLUSTERIP_REQUIRE_PRIVILEGE") != nullptr; }
 
 std::string cgroup2_mount() {
   std::ifstream mounts("/proc/self/mountinfo");

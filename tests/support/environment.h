@@ -19,6 +19,9 @@ void raise_loopback();
 /// Why tests that need the kernel cannot run here; empty when they can.
 const std::string& missing_privilege();
 
+/// Whether a test that cannot run here fails rather than be skipped: CLUSTERIP_REQUIRE_PRIVILEGE is set.
+bool must_run();
+
 /// The mount point of the cgroup v2 hierarchy; empty when there is none.
 std::string cgroup2_mount();
 

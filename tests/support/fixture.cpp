@@ -1,16 +1,12 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #include "tests/support/fixture.h"
 
-#include <cstdlib>
 #include <filesystem>
 
 namespace support {
 
 void Integration::SetUp() {
-  if (!missing_privilege().empty()) {
-    if (std::getenv("CLUSTERIP_REQUIRE_PRIVILEGE") != nullptr) FAIL() << missing_privilege();
-    GTEST_SKIP() << missing_privilege();
-  }
+  if (!missing_privilege().empty()) SKIP_OR_FAIL(missing_privilege());
   plugin_.emplace();
   cgroup_.emplace();
   cgroup_->enter();
@@ -27,6 +23,13 @@ void Integration::TearDown() {
   cgroup_.reset();
   std::error_code ignored;
   std::filesystem::remove_all(pin(), ignored);  // after a failure: the next test in this process begins with nothing
+}
+
+bool Integration::can(std::uint32_t capability) const {
+  clusterip_capabilities found{};
+  found.size = sizeof found;
+  require(plugin().probe(&found, nullptr) == 0, "probe");
+  return (found.can & capability) != 0;
 }
 
 Handle Integration::serve(const std::string& text, const Paths& paths) const {

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
@@ -17,6 +18,13 @@
 #include "tests/support/process.h"
 #include "tests/support/restrict.h"
 #include "tests/support/toml.h"
+
+/// Ends a test that this machine cannot run, with the reason: skipped, or failed where everything must run.
+#define SKIP_OR_FAIL(reason)                     \
+  do {                                           \
+    if (support::must_run()) FAIL() << (reason); \
+    GTEST_SKIP() << (reason);                    \
+  } while (false)
 
 namespace support {
 
@@ -38,6 +46,9 @@ class Integration : public testing::Test {
 
   Paths unpinned() const { return {cgroup().path(), {}, 0}; }
   Paths pinned() const { return {cgroup().path(), pin(), 0}; }
+
+  /// Whether the plugin's probe finds this CLUSTERIP_CAN_*.
+  bool can(std::uint32_t capability) const;
 
   /// A handle with this configuration, attached. Throws when that fails.
   Handle serve(const std::string& text, const Paths& paths) const;

@@ -48,12 +48,12 @@ std::uint16_t bound_port(int fd) {
 
 }  // namespace
 
-NamedServer::NamedServer(std::string name, const std::string& address, Speaks speaks)
+NamedServer::NamedServer(std::string name, const std::string& address, Speaks speaks, std::uint16_t port)
     : name_(std::move(name)),
       address_(address),
       speaks_(speaks),
       listener_(checked(::socket(Endpoint(address, 0).family(), SOCK_STREAM | SOCK_CLOEXEC, 0), "socket")) {
-  const Endpoint local(address, 0);
+  const Endpoint local(address, port);
   checked(::bind(listener_.get(), local.address(), local.length()), "bind " + address);
   checked(::listen(listener_.get(), backlog), "listen");
   port_ = bound_port(listener_.get());
@@ -97,11 +97,11 @@ void NamedServer::answer(int connection) const {
   }
 }
 
-NamedUdpServer::NamedUdpServer(std::string name, const std::string& address)
+NamedUdpServer::NamedUdpServer(std::string name, const std::string& address, std::uint16_t port)
     : name_(std::move(name)),
       address_(address),
       socket_(checked(::socket(Endpoint(address, 0).family(), SOCK_DGRAM | SOCK_CLOEXEC, 0), "socket")) {
-  const Endpoint local(address, 0);
+  const Endpoint local(address, port);
   checked(::bind(socket_.get(), local.address(), local.length()), "bind " + address);
   port_ = bound_port(socket_.get());
   std::latch started(1);

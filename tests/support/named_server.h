@@ -20,7 +20,9 @@ class NamedServer {
     http,           // reads a request first; the response's body is its name
   };
 
-  explicit NamedServer(std::string name, const std::string& address = "127.0.0.1", Speaks speaks = Speaks::name);
+  /// With port 0 the kernel chooses one.
+  explicit NamedServer(std::string name, const std::string& address = "127.0.0.1", Speaks speaks = Speaks::name,
+                       std::uint16_t port = 0);
   ~NamedServer();
   NamedServer(const NamedServer&) = delete;
   NamedServer& operator=(const NamedServer&) = delete;
@@ -48,7 +50,7 @@ class NamedServer {
 /// The same for UDP: answers each datagram with its name, from the address that it was bound to.
 class NamedUdpServer {
  public:
-  explicit NamedUdpServer(std::string name, const std::string& address = "127.0.0.1");
+  explicit NamedUdpServer(std::string name, const std::string& address = "127.0.0.1", std::uint16_t port = 0);
   ~NamedUdpServer();
   NamedUdpServer(const NamedUdpServer&) = delete;
   NamedUdpServer& operator=(const NamedUdpServer&) = delete;

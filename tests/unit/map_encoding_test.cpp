@@ -4,11 +4,15 @@
 #include <arpa/inet.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <string>
 #include <vector>
+
+#include "balance/hash.h"
 
 namespace {
 
@@ -103,6 +107,50 @@ TEST(MapEncoding, PacksABlockIntoOneWord) {
   EXPECT_EQ(plugin::decode_word(word).header, 0xfffffff0u);
   EXPECT_EQ(plugin::decode_word(word).slots, 65535u);
   EXPECT_NE(plugin::encode_word({.header = 1, .slots = 0}), 0u) << "0 means that there is no service";
+}
+
+/// The backend (as its Backend_Map index) that each of a thousand cgroups reaches, by the rule of the kernel's side.
+std::vector<std::uint32_t> reached_by_cgroups(const config::Service& service,
+                                              const std::vector<std::uint32_t>& indices) {
+  std::vector<block_entry> block(plugin::block_size(service));
+  plugin::encode_block(service, 0, indices, true, block);
+  const auto slots = static_cast<std::uint32_t>(block.size() - 1);
+  std::vector<std::uint32_t> reached;
+  for (std::uint64_t id = 7000; id < 8000; ++id)  // ids of cgroups are given out in sequence
+    reached.push_back(block[1 + balance::hash_slot(balance::hash_mix(id), slots)].slot.backend);
+  return reached;
+}
+
+TEST(MapEncoding, MaglevMovesFewOfAThousandCgroupsAndNobodyTwice) {
+  constexpr std::size_t backends = 10;
+  config::Service service;
+  service.policy = config::Policy::maglev;
+  std::vector<std::uint32_t> indices;
+  for (std::uint32_t i = 0; i < backends; ++i) {
+    service.backends.push_back(backend(("10.244.0." + std::to_string(i + 1)).c_str(), 1));
+    indices.push_back(100 + i);
+  }
+  const auto before = reached_by_cgroups(service, indices);
+  int worst = 0;
+  for (std::uint32_t leaver = 0; leaver < backends; ++leaver) {
+    config::Service changed = service;
+    changed.backends[leaver].state = BackendState::drain;
+    const auto drained = reached_by_cgroups(changed, indices);
+    auto left = indices;
+    changed.backends.erase(changed.backends.begin() + leaver);
+    left.erase(left.begin() + leaver);
+    const auto after = reached_by_cgroups(changed, left);
+    int moved = 0;
+    for (std::size_t i = 0; i < before.size(); ++i) {
+      moved += before[i] != after[i];
+      ASSERT_NE(after[i], 100 + leaver);
+      ASSERT_EQ(drained[i], after[i]) << "cgroup " << i << " moves a second time";
+    }
+    worst = std::max(worst, moved);
+  }
+  std::printf("when 1 of 10 backends leaves, at most %.1f %% of 1,000 cgroups move\n", worst / 10.0);
+  EXPECT_GT(worst, 0);
+  EXPECT_LE(worst, 150);
 }
 
 }  // namespace
