@@ -89,7 +89,7 @@ struct Kind {
   std::string more;
 };
 
-/// `services` with ten backends each, which have no route.
+/// `services`, with backends that have no route.
 std::string configuration(bool peer_names, const std::vector<Kind>& services, std::uint32_t backends = 10) {
   const std::size_t count = services.size() + 10;
   std::string text = fmt::format("[engine]\npeer_names = {}\n[limits]\nservices = {}\nbackends = {}\n", peer_names,
@@ -392,6 +392,7 @@ void run_once(const Scenario& scenario, std::uint32_t calls, Samples& samples) {
 
 struct Settings {
   std::uint32_t services = 0;
+  std::uint32_t backends = 0;
   std::uint32_t rounds = 0;
   std::uint32_t calls = 0;
   std::string only;
@@ -421,11 +422,11 @@ void measure(const Settings& settings) {
   Host named(configuration(true, kinds));
   Host least(configuration(false, {{.name = "least_conn", .vip = first_vip, .more = "policy = \"least_conn\"\n"}}));
   Host serving(served);
-  Host many(configuration(false, many_services(settings.services)));
-  Host many_named(configuration(true, many_services(settings.services)));
+  Host many(configuration(false, many_services(settings.services), settings.backends));
+  Host many_named(configuration(true, many_services(settings.services), settings.backends));
 
   const sockaddr_in vip = v4(first_vip, 80);
-  const std::string of_many = fmt::format("{} services at random", settings.services);
+  const std::string of_many = fmt::format("{} services of {} at random", settings.services, settings.backends);
   std::vector<Scenario> scenarios{
       {"nothing (the statistic itself)", &empty, {{"empty", 0}}, on_one_socket(vip)},
       {"nothing, new sockets", &empty, {{"empty", 0}}, on_new_sockets(vip)},
@@ -571,6 +572,7 @@ int main(int argc, char** argv) {
   auto add = options.add_options();
   add("help", "show this text");
   add("services", po::value(&settings.services)->default_value(50000), "services, where there are many");
+  add("backends", po::value(&settings.backends)->default_value(10), "backends of each of these");
   add("rounds", po::value(&settings.rounds)->default_value(51), "rounds, of which the median counts");
   add("calls", po::value(&settings.calls)->default_value(2000), "calls a round");
   add("only", po::value(&settings.only)->default_value(""), "scenarios with this in their names");
@@ -586,8 +588,9 @@ int main(int argc, char** argv) {
     std::cout << options;
     return 0;
   }
-  if (settings.services == 0 || settings.services > 0xf0000 || settings.rounds == 0 || settings.calls == 0) {
-    fmt::print(stderr, "bench_cost: 1 to 983040 services, and at least one round and one call\n");
+  if (settings.services == 0 || settings.backends == 0 || settings.services > 0xf0000 || settings.rounds == 0 ||
+      settings.calls == 0) {
+    fmt::print(stderr, "bench_cost: 1 to 983040 services, and at least one backend, one round and one call\n");
     return 2;
   }
   support::enter_private_environment();
