@@ -51,6 +51,7 @@ const volatile __u32 filter_mask = 0; // bits of Filter_Map - 1
 const volatile __u32 stats_shard_mask = 0; // shards - 1
 const volatile __u32 stats_per_shard = 0;
 const volatile __u32 stats_backends = 0; // index of backend 0 within a shard
+const volatile __u64 draw_seed = 0; // hosts must not draw alike
 
 // max_entries of 1 stands for "set by the loader", which sizes them from the configuration.
 struct {
@@ -161,19 +162,17 @@ struct decision {
 	struct backend_record *record;
 };
 
-static __always_inline struct counters *counters_at(__u32 index)
+// Where this CPU counts: the index in Stats_Map of what its shard has at `index`.
+static __always_inline __u32 stats_index(__u32 index)
 {
-	__u32 shard = bpf_get_smp_processor_id() & stats_shard_mask;
-	__u32 i = shard * stats_per_shard + index;
-
-	return bpf_map_lookup_elem(&Stats_Map, &i);
+	return (bpf_get_smp_processor_id() & stats_shard_mask) * stats_per_shard + index;
 }
 
-static __always_inline void count_connect(__u32 index)
+static __always_inline struct counters *counters_at(__u32 index)
 {
-	struct counters *counters = counters_at(index);
-	if (counters)
-		__sync_fetch_and_add(&counters->connects, 1);
+	__u32 i = stats_index(index);
+
+	return bpf_map_lookup_elem(&Stats_Map, &i);
 }
 
 static __always_inline void count_reversed(__u32 index)
@@ -278,11 +277,19 @@ static __always_inline bool load_slot(const struct service *service, __u32 slot,
 	return true;
 }
 
+// The n-th connect of a service on a CPU gets the n-th number of a sequence: the seed's, the service's and the CPU's own
+// (`index` is of its counters). That is SplitMix64 with the counter as its state, at a third of the price of
+// bpf_get_prandom_u32(). Where CPUs share counters, two connects at the very same moment may get the same number.
+static __always_inline __u64 random_bits(__u32 index, __u64 count)
+{
+	return hash_mix(draw_seed + ((__u64)index << 40) + count * 0x9e3779b97f4a7c15ull);
+}
+
 // One draw chooses column and side of the alias table: the high word of draw * columns is the column, the low word a
 // uniform position in it.
-static __always_inline __u32 draw(const struct service *service, struct slot *slot)
+static __always_inline __u32 draw(const struct service *service, __u32 random, struct slot *slot)
 {
-	__u64 product = (__u64)bpf_get_prandom_u32() * service->slots;
+	__u64 product = (__u64)random * service->slots;
 
 	if (!load_slot(service, product >> 32, slot))
 		return 0;
@@ -313,14 +320,14 @@ static __always_inline __u32 read_live(const struct backend_record *backend)
 
 // Two different backends, the first by weight: the second is taken only when it has fewer live connections for its
 // weight. So idle backends are chosen by weight, and of two backends the less loaded one always.
-static __always_inline __u32 choose_less_loaded(const struct service *service)
+static __always_inline __u32 choose_less_loaded(const struct service *service, __u64 random)
 {
 	struct slot slot = {};
-	__u32 first = draw(service, &slot);
+	__u32 first = draw(service, random >> 32, &slot);
 	if (service->slots < 2)
 		return first;
 
-	__u32 column = ((__u64)bpf_get_prandom_u32() * service->slots) >> 32;
+	__u32 column = ((__u64)(__u32)random * service->slots) >> 32;
 	if (!load_slot(service, column, &slot))
 		return first;
 	if (slot.backend == first) {
@@ -339,19 +346,19 @@ static __always_inline __u32 choose_less_loaded(const struct service *service)
 	return b_load < a_load ? second : first;
 }
 
-static __always_inline __u32 apply_policy(const struct service *service, __u32 policy, __u64 client)
+static __always_inline __u32 apply_policy(const struct service *service, __u32 policy, __u64 client, __u64 random)
 {
 	struct slot slot = {};
 
 	if (policy == POLICY_ROUND_ROBIN)
 		return take_turn(service);
 	if (policy == POLICY_LEAST_CONN)
-		return choose_less_loaded(service);
+		return choose_less_loaded(service, random);
 	if (policy == POLICY_MAGLEV) {
 		load_slot(service, hash_slot(hash_mix(client), service->slots), &slot);
 		return slot.backend;
 	}
-	return draw(service, &slot);
+	return draw(service, random >> 32, &slot);
 }
 
 // The backend that the client had before, unless it has left, drains, or the time is over.
@@ -407,6 +414,12 @@ static __always_inline enum verdict choose(struct bpf_sock_addr *ctx, struct dec
 	if (!service->slots)
 		return refuse(service, header);
 
+	__u32 index = stats_index(service->record);
+	struct counters *of_service = bpf_map_lookup_elem(&Stats_Map, &index);
+	if (!of_service)
+		return PASS; // cannot be: all records have counters
+	__u64 random = random_bits(index, *(volatile __u64 *)&of_service->connects);
+
 	struct affinity_key key = {.record = service->record};
 	decision->reason = REASON_POLICY;
 	decision->flags = header->flags;
@@ -414,20 +427,25 @@ static __always_inline enum verdict choose(struct bpf_sock_addr *ctx, struct dec
 	if (header->affinity || header->policy == POLICY_MAGLEV)
 		key.client = client_of(ctx, header->client);
 	if (!header->affinity) {
-		decision->backend = apply_policy(service, header->policy, key.client);
+		decision->backend = apply_policy(service, header->policy, key.client, random);
 	} else if (recall(&key, header, &decision->backend)) {
 		decision->reason = REASON_AFFINITY;
 	} else {
-		decision->backend = apply_policy(service, header->policy, key.client);
+		decision->backend = apply_policy(service, header->policy, key.client, random);
 		remember(&key, header, decision->backend);
 	}
 	WIDEN_WINDOW();
 	decision->record = bpf_map_lookup_elem(&Backend_Map, &decision->backend);
-	if (!decision->record)
+	struct counters *of_backend = counters_at(stats_backends + decision->backend);
+	if (!decision->record || !of_backend)
 		return PASS; // cannot be: slots name backends inside the map
 
-	count_connect(service->record);
-	count_connect(stats_backends + decision->backend);
+	// Among many services none of this is in a cache, and an atomic add lets no load overtake it: so load first, all of it
+	// at once.
+	(void)*(volatile __be16 *)&decision->record->port;
+	(void)*(volatile __u64 *)&of_backend->connects;
+	__sync_fetch_and_add(&of_service->connects, 1);
+	__sync_fetch_and_add(&of_backend->connects, 1);
 	return REWRITTEN;
 }
 
@@ -520,11 +538,10 @@ static __always_inline void end_session(struct bpf_sock_addr *ctx, struct sessio
 	}
 }
 
-static __always_inline void begin_session(struct bpf_sock_addr *ctx, const struct service_key *key,
-					  const struct decision *decision)
+static __always_inline void begin_session(struct bpf_sock_addr *ctx, struct session *session,
+					  const struct service_key *key, const struct decision *decision)
 {
 	struct backend_record *backend = decision->record;
-	struct session *session = bpf_sk_storage_get(&Session_Map, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!session || !backend)
 		return; // no memory: the connection works, but getpeername() shows the backend
 	__builtin_memcpy(session->address, backend->address, sizeof(session->address));
@@ -543,19 +560,32 @@ static __always_inline void begin_session(struct bpf_sock_addr *ctx, const struc
 	session->asked = *key;
 }
 
+// Whether connected sockets of the service have sessions.
+static __always_inline bool is_remembered(const struct service *service)
+{
+	union block_entry *block = bpf_map_lookup_elem(&Slot_Map, &service->header);
+
+	return block && service->slots && block->header.flags & BLOCK_SESSION;
+}
+
 // connect(), both families: where the socket is to go is in `decision->record` when the verdict is REWRITTEN.
 static __always_inline enum verdict decide_connect(struct bpf_sock_addr *ctx, const struct service_key *key,
 						   struct decision *decision)
 {
+	bool is_candidate = may_be_vip(key->address);
+	enum verdict verdict = is_candidate ? find_service(key, &decision->service) : PASS;
+	struct session *session = NULL;
+
+	// One look is for the session that ends here and for the one that begins. It ends before the choice, in which the
+	// socket would count against the backend that it leaves.
 	if (has_sessions) {
-		struct session *session = bpf_sk_storage_get(&Session_Map, ctx->sk, NULL, 0);
+		__u64 flags = verdict == REWRITTEN && is_remembered(&decision->service) ? BPF_SK_STORAGE_GET_F_CREATE : 0;
+		session = bpf_sk_storage_get(&Session_Map, ctx->sk, NULL, flags);
 		if (session)
 			end_session(ctx, session);
 	}
-	if (!may_be_vip(key->address))
+	if (!is_candidate)
 		return PASS;
-
-	enum verdict verdict = find_service(key, &decision->service);
 	if (verdict == PASS) {
 		verdict = check_vip(key);
 		if (verdict == PASS)
@@ -564,7 +594,7 @@ static __always_inline enum verdict decide_connect(struct bpf_sock_addr *ctx, co
 	if (verdict == REWRITTEN)
 		verdict = choose(ctx, decision);
 	if (has_sessions && verdict == REWRITTEN && decision->flags & BLOCK_SESSION)
-		begin_session(ctx, key, decision);
+		begin_session(ctx, session, key, decision);
 	tell(ctx, key, decision, verdict);
 	return verdict;
 }

@@ -3,6 +3,7 @@
 
 #include <arpa/inet.h>
 #include <bpf/bpf.h>
+#include <sys/random.h>
 
 #include <algorithm>
 #include <atomic>
@@ -40,6 +41,17 @@ config::Service canary_service() {
 
 bool is_canary(const config::Service& service) {
   return service.vip.is_v4() && service.vip.to_v4().to_uint() == CANARY_VIP;
+}
+
+/// Where the programs' random choices begin. Chance matters, secrecy does not: early in a boot, the time will do.
+std::uint64_t random_seed() {
+  std::uint64_t seed = 0;
+  if (getrandom(&seed, sizeof seed, GRND_NONBLOCK) != sizeof seed) {
+    timespec now{};
+    clock_gettime(CLOCK_REALTIME, &now);
+    seed = static_cast<std::uint64_t>(now.tv_sec) << 32 ^ static_cast<std::uint64_t>(now.tv_nsec);
+  }
+  return seed;
 }
 
 /// What has been counted so far goes on counting when new maps take the place of the old.
@@ -539,7 +551,8 @@ Result<void> BpfEngine::make_live(State& next) {
                                  .filter_mask = capacity.filter_bits() - 1,
                                  .stats_shard_mask = capacity.shards - 1,
                                  .stats_per_shard = capacity.stats_per_shard(),
-                                 .stats_backends = next.maps.backend_stats(0)});
+                                 .stats_backends = next.maps.backend_stats(0),
+                                 .draw_seed = random_seed()});
   if (!programs) {
     return std::unexpected(programs.error());
   }

@@ -104,6 +104,7 @@ Result<PerHook<Fd>> load_programs(Hooks hooks, std::span<const char* const> name
   rodata.stats_shard_mask = constants.stats_shard_mask;
   rodata.stats_per_shard = constants.stats_per_shard;
   rodata.stats_backends = constants.stats_backends;
+  rodata.draw_seed = constants.draw_seed;
 
   for (std::size_t i = 0; i < names.size(); ++i) {
     bpf_map* map = bpf_object__find_map_by_name((*skeleton)->obj, names[i]);

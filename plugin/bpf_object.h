@@ -36,6 +36,7 @@ struct ProgramConstants {
   std::uint32_t stats_shard_mask = 0;
   std::uint32_t stats_per_shard = 0;
   std::uint32_t stats_backends = 0;
+  std::uint64_t draw_seed = 0;
 };
 
 /// Loads the programs of these hooks over these maps (names and descriptors in one order; empty ones are not used). A
