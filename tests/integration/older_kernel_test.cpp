@@ -223,7 +223,7 @@ TEST_F(OlderKernel, WithoutSocketStorageThereIsNoFastPath) {
 
 /// What is not probed, since every kernel with the hooks has it, is no reason to fall back: that would hide a bug.
 TEST_F(OlderKernel, ProgramThatTheVerifierRefusesIsABug) {
-  EXPECT_EQ(in_child_without({.helpers = {BPF_FUNC_get_prandom_u32}},
+  EXPECT_EQ(in_child_without({.helpers = {BPF_FUNC_get_smp_processor_id}},
                              [&] {
                                // libbpf tells its part there, and where it writes is the host's choice.
                                const StderrCapture of_libbpf;
