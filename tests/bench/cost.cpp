@@ -253,7 +253,7 @@ Fd storing_program(const Host& host) {
                .src_reg = BPF_REG_1,
                .off = offsetof(bpf_sock_addr, sk),
                .imm = 0},
-      bpf_insn{.code = BPF_LD | BPF_DW | BPF_IMM,
+      bpf_insn{.code = BPF_LD | BPF_IMM | BPF_DW,
                .dst_reg = BPF_REG_1,
                .src_reg = BPF_PSEUDO_MAP_FD,
                .off = 0,
@@ -444,8 +444,8 @@ void measure(const Settings& settings) {
       {.name = "maglev", .vip = first_vip + 2, .more = "policy = \"maglev\"\n"},
       {.name = "affinity", .vip = first_vip + 3, .more = "affinity = \"1h\"\n"},
   };
-  const std::uint32_t udp_vip = first_vip + 10;
-  const std::uint32_t tcp_vip = first_vip + 11;
+  constexpr std::uint32_t udp_vip = first_vip + 10;
+  constexpr std::uint32_t tcp_vip = first_vip + 11;
   std::string served = configuration(true, {});
   served += fmt::format(
       "[[service]]\nname = \"udp\"\nprotocol = \"udp\"\nvip = \"{}\"\nport = 80\nbackends = [\"127.0.0.1:{}\"]\n"
@@ -504,7 +504,7 @@ void measure(const Settings& settings) {
       {"TCP connections, peer names",
        &serving,
        {{"sock4_connect", 0}, {"sock_ops", 0}, {"sock_release", 0}},
-       [&listener, tcp_vip](std::uint32_t calls) {
+       [&listener](std::uint32_t calls) {
          for (std::uint32_t i = 0; i < calls; ++i) {
            Fd client(new_socket(AF_INET, SOCK_STREAM));
            checked(connect_to(client.get(), v4(tcp_vip, 80)), "connect");
@@ -516,16 +516,16 @@ void measure(const Settings& settings) {
       {"UDP, getpeername()",
        &serving,
        {{"sock4_getpeer", 0}},
-       [udp_vip](std::uint32_t calls) { Datagrams::ask_names(calls, udp_vip); }},
+       [](std::uint32_t calls) { Datagrams::ask_names(calls, udp_vip); }},
       {"UDP, datagrams of an unconnected socket",
        &serving,
        {{"sock4_sendmsg", 0}, {"sock4_recvmsg", 0}},
-       [&datagrams, udp_vip](std::uint32_t calls) { datagrams.exchange(calls, udp_vip); },
+       [&datagrams](std::uint32_t calls) { datagrams.exchange(calls, udp_vip); },
        1000},
       {"UDP, first datagram of a new socket",
        &serving,
        {{"sock4_sendmsg", 0}, {"sock_release", 0}},
-       [&datagrams, udp_vip](std::uint32_t calls) {
+       [&datagrams](std::uint32_t calls) {
          Datagrams::first(calls, udp_vip);
          char byte = 0;
          while (::recv(datagrams.server.get(), &byte, 1, MSG_DONTWAIT) >= 0) {
