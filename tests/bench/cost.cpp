@@ -19,12 +19,14 @@
 #include <array>
 #include <boost/program_options.hpp>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <iostream>
+#include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -206,26 +208,67 @@ class Host {
       .size = sizeof(clusterip_error), .code = 0, .line = 0, .column = 0, .reserved = 0, .message = {}};
 };
 
-/// Returns 1, as every program must: what is left is the statistic's own cost.
-Fd empty_program() {
-  const std::array code{
-      bpf_insn{.code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = BPF_REG_0, .src_reg = 0, .off = 0, .imm = 1},
-      bpf_insn{.code = BPF_JMP | BPF_EXIT, .dst_reg = 0, .src_reg = 0, .off = 0, .imm = 0},
-  };
+Fd load(std::span<const bpf_insn> code) {
   LIBBPF_OPTS(bpf_prog_load_opts, options, .expected_attach_type = BPF_CGROUP_INET4_CONNECT);
-  return Fd(checked(bpf_prog_load(BPF_PROG_TYPE_CGROUP_SOCK_ADDR, "empty", "BSD", code.data(), code.size(), &options),
-                    "empty program"));
+  return Fd(checked(
+      bpf_prog_load(BPF_PROG_TYPE_CGROUP_SOCK_ADDR, "bench", "Dual BSD/GPL", code.data(), code.size(), &options),
+      "BPF_PROG_LOAD"));
+}
+
+constexpr bpf_insn set(unsigned to, std::int32_t value) {
+  bpf_insn move{.code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = 0, .src_reg = 0, .off = 0, .imm = value};
+  move.dst_reg = to & 15;
+  return move;
+}
+constexpr bpf_insn leave{.code = BPF_JMP | BPF_EXIT, .dst_reg = 0, .src_reg = 0, .off = 0, .imm = 0};
+
+/// Returns 1, as every program must: what is left is the statistic's own cost.
+Fd empty_program() { return load(std::array{set(BPF_REG_0, 1), leave}); }
+
+/// The maps of the program `name` of `host`, by their names.
+std::map<std::string, Fd> maps_of(const Host& host, std::string_view name) {
+  std::array<std::uint32_t, 32> ids{};
+  bpf_prog_info info{};
+  info.map_ids = reinterpret_cast<std::uint64_t>(ids.data());
+  info.nr_map_ids = ids.size();
+  std::uint32_t size = sizeof info;
+  checked(bpf_obj_get_info_by_fd(host.program(name).get(), &info, &size), "BPF_OBJ_GET_INFO_BY_FD");
+  std::map<std::string, Fd> maps;
+  for (std::uint32_t i = 0; i < info.nr_map_ids; ++i) {
+    Fd map(checked(bpf_map_get_fd_by_id(ids[i]), "BPF_MAP_GET_FD_BY_ID"));
+    bpf_map_info seen{};
+    size = sizeof seen;
+    checked(bpf_obj_get_info_by_fd(map.get(), &seen, &size), "BPF_OBJ_GET_INFO_BY_FD");
+    maps.emplace(seen.name, std::move(map));
+  }
+  return maps;
+}
+
+/// Makes room for a session, which is never used: what no program with sessions can do without.
+Fd storing_program(const Host& host) {
+  const auto maps = maps_of(host, "sock4_connect");
+  return load(std::array{
+      bpf_insn{.code = BPF_LDX | BPF_DW | BPF_MEM,
+               .dst_reg = BPF_REG_2,
+               .src_reg = BPF_REG_1,
+               .off = offsetof(bpf_sock_addr, sk),
+               .imm = 0},
+      bpf_insn{.code = BPF_LD | BPF_IMM | BPF_DW,
+               .dst_reg = BPF_REG_1,
+               .src_reg = BPF_PSEUDO_MAP_FD,
+               .off = 0,
+               .imm = maps.at("Session_Map").get()},
+      bpf_insn{},  // the second half of the one before
+      set(BPF_REG_3, 0),
+      set(BPF_REG_4, BPF_SK_STORAGE_GET_F_CREATE),
+      bpf_insn{.code = BPF_JMP | BPF_CALL, .dst_reg = 0, .src_reg = 0, .off = 0, .imm = BPF_FUNC_sk_storage_get},
+      set(BPF_REG_0, 1),
+      leave,
+  });
 }
 
 /// The sock4_connect of `host` once more, over the same maps and with the same constants, but unable to tell events.
 Fd without_events(const Host& host) {
-  std::uint32_t ids[32];
-  bpf_prog_info info{};
-  info.map_ids = reinterpret_cast<std::uint64_t>(ids);
-  info.nr_map_ids = std::size(ids);
-  std::uint32_t size = sizeof info;
-  checked(bpf_obj_get_info_by_fd(host.program("sock4_connect").get(), &info, &size), "BPF_OBJ_GET_INFO_BY_FD");
-
   const std::unique_ptr<clusterip_bpf, decltype(&clusterip_bpf__destroy)> skeleton(clusterip_bpf__open(),
                                                                                    clusterip_bpf__destroy);
   if (!skeleton) {
@@ -237,17 +280,11 @@ Fd without_events(const Host& host) {
   }
   bpf_map* map = nullptr;
   bpf_object__for_each_map(map, skeleton->obj) { bpf_map__set_autocreate(map, bpf_map__is_internal(map)); }
-  for (std::uint32_t i = 0; i < info.nr_map_ids; ++i) {
-    const Fd live(checked(bpf_map_get_fd_by_id(ids[i]), "BPF_MAP_GET_FD_BY_ID"));
-    bpf_map_info seen{};
-    size = sizeof seen;
-    checked(bpf_obj_get_info_by_fd(live.get(), &seen, &size), "BPF_OBJ_GET_INFO_BY_FD");
-    if (std::string_view(seen.name).ends_with(".rodata")) {
+  for (const auto& [name, live] : maps_of(host, "sock4_connect")) {
+    if (name.ends_with(".rodata")) {
       const std::uint32_t first = 0;
-      std::vector<char> constants(seen.value_size);
-      checked(bpf_map_lookup_elem(live.get(), &first, constants.data()), "the program's constants");
-      std::memcpy(skeleton->rodata, constants.data(), std::min(constants.size(), sizeof *skeleton->rodata));
-    } else if ((map = bpf_object__find_map_by_name(skeleton->obj, seen.name)) != nullptr) {
+      checked(bpf_map_lookup_elem(live.get(), &first, skeleton->rodata), "the program's constants");
+    } else if ((map = bpf_object__find_map_by_name(skeleton->obj, name.c_str())) != nullptr) {
       checked(bpf_map__reuse_fd(map, live.get()), "using the maps");
       bpf_map__set_autocreate(map, true);
     }
@@ -407,8 +444,8 @@ void measure(const Settings& settings) {
       {.name = "maglev", .vip = first_vip + 2, .more = "policy = \"maglev\"\n"},
       {.name = "affinity", .vip = first_vip + 3, .more = "affinity = \"1h\"\n"},
   };
-  const std::uint32_t udp_vip = first_vip + 10;
-  const std::uint32_t tcp_vip = first_vip + 11;
+  constexpr std::uint32_t udp_vip = first_vip + 10;
+  constexpr std::uint32_t tcp_vip = first_vip + 11;
   std::string served = configuration(true, {});
   served += fmt::format(
       "[[service]]\nname = \"udp\"\nprotocol = \"udp\"\nvip = \"{}\"\nport = 80\nbackends = [\"127.0.0.1:{}\"]\n"
@@ -420,6 +457,7 @@ void measure(const Settings& settings) {
   Host quiet(without_events(plain));
   Host loud(configuration(false, kinds));
   Host named(configuration(true, kinds));
+  Host storing(storing_program(named));
   Host least(configuration(false, {{.name = "least_conn", .vip = first_vip, .more = "policy = \"least_conn\"\n"}}));
   Host serving(served);
   Host many(configuration(false, many_services(settings.services), settings.backends));
@@ -428,8 +466,9 @@ void measure(const Settings& settings) {
   const sockaddr_in vip = v4(first_vip, 80);
   const std::string of_many = fmt::format("{} services of {} at random", settings.services, settings.backends);
   std::vector<Scenario> scenarios{
-      {"nothing (the statistic itself)", &empty, {{"empty", 0}}, on_one_socket(vip)},
-      {"nothing, new sockets", &empty, {{"empty", 0}}, on_new_sockets(vip)},
+      {"nothing (the statistic itself)", &empty, {{"bench", 0}}, on_one_socket(vip)},
+      {"nothing, new sockets", &empty, {{"bench", 0}}, on_new_sockets(vip)},
+      {"nothing but a socket storage", &storing, {{"bench", 0}}, on_new_sockets(vip)},
       {"miss", &plain, {{"sock4_connect", 90}}, on_one_socket(v4(no_vip, 80))},
       {"miss, new sockets", &plain, {{"sock4_connect", 90}}, on_new_sockets(v4(no_vip, 80))},
       {"miss, new sockets, peer names",
@@ -448,7 +487,7 @@ void measure(const Settings& settings) {
          loud.want_events();
          loud.drain_events();
        }},
-      {"random, new sockets", &plain, {{"sock4_connect", 160}}, on_new_sockets(vip)},
+      {"random, new sockets", &plain, {{"sock4_connect", 0}}, on_new_sockets(vip)},
       {"random, IPv6", &plain, {{"sock6_connect", 0}}, on_one_socket(v6("2001:db8:1::1", 80))},
       {"round_robin", &plain, {{"sock4_connect", 0}}, on_one_socket(v4(first_vip + 1, 80))},
       {"maglev", &plain, {{"sock4_connect", 0}}, on_one_socket(v4(first_vip + 2, 80))},
@@ -465,7 +504,7 @@ void measure(const Settings& settings) {
       {"TCP connections, peer names",
        &serving,
        {{"sock4_connect", 0}, {"sock_ops", 0}, {"sock_release", 0}},
-       [&listener, tcp_vip](std::uint32_t calls) {
+       [&listener](std::uint32_t calls) {
          for (std::uint32_t i = 0; i < calls; ++i) {
            Fd client(new_socket(AF_INET, SOCK_STREAM));
            checked(connect_to(client.get(), v4(tcp_vip, 80)), "connect");
@@ -477,16 +516,16 @@ void measure(const Settings& settings) {
       {"UDP, getpeername()",
        &serving,
        {{"sock4_getpeer", 0}},
-       [udp_vip](std::uint32_t calls) { Datagrams::ask_names(calls, udp_vip); }},
+       [](std::uint32_t calls) { Datagrams::ask_names(calls, udp_vip); }},
       {"UDP, datagrams of an unconnected socket",
        &serving,
        {{"sock4_sendmsg", 0}, {"sock4_recvmsg", 0}},
-       [&datagrams, udp_vip](std::uint32_t calls) { datagrams.exchange(calls, udp_vip); },
+       [&datagrams](std::uint32_t calls) { datagrams.exchange(calls, udp_vip); },
        1000},
       {"UDP, first datagram of a new socket",
        &serving,
        {{"sock4_sendmsg", 0}, {"sock_release", 0}},
-       [&datagrams, udp_vip](std::uint32_t calls) {
+       [&datagrams](std::uint32_t calls) {
          Datagrams::first(calls, udp_vip);
          char byte = 0;
          while (::recv(datagrams.server.get(), &byte, 1, MSG_DONTWAIT) >= 0) {
