@@ -18,6 +18,7 @@
 #include "balance/alias_table.h"
 #include "config/read_config.h"
 #include "plugin/bpf_object.h"
+#include "plugin/carry_counts.h"
 #include "plugin/socket_sweep.h"
 
 namespace plugin {
@@ -52,36 +53,6 @@ std::uint64_t random_seed() {
     seed = static_cast<std::uint64_t>(now.tv_sec) << 32 ^ static_cast<std::uint64_t>(now.tv_nsec);
   }
   return seed;
-}
-
-/// What has been counted so far goes on counting when new maps take the place of the old.
-void carry_counters(const Maps& from, const Maps& to, const Publisher& publisher) {
-  for (const auto& old : read_published(from)) {
-    const PublishedService* now = publisher.find_published(encode_key(old.service));
-    if (now == nullptr) {
-      continue;
-    }
-    to.add_counters(now->record, from.read_counters(old.record));
-    std::map<std::pair<config::Address, std::uint16_t>, std::uint32_t> index_now;
-    for (std::size_t i = 0; i < now->backends.size(); ++i) {
-      index_now.emplace(std::pair(now->service.backends[i].address, now->service.backends[i].port), now->backends[i]);
-    }
-    for (std::size_t i = 0; i < old.backends.size(); ++i) {
-      const auto& backend = old.service.backends[i];
-      if (const auto same = index_now.find({backend.address, backend.port}); same != index_now.end()) {
-        to.add_counters(to.backend_stats(same->second), from.read_counters(from.backend_stats(old.backends[i])));
-      }
-    }
-  }
-}
-
-/// Live connections count on at the same indices, also at backends that have left.
-void carry_live(const Maps& from, const Maps& to) {
-  for (std::size_t i = 0; i < std::min(from.backends().size(), to.backends().size()); ++i) {
-    if (const auto live = std::atomic_ref(from.backends()[i].live).load(std::memory_order_relaxed); live != 0) {
-      std::atomic_ref(to.backends()[i].live).fetch_add(live, std::memory_order_relaxed);
-    }
-  }
 }
 
 /// Below 0 for a moment while counts move to new maps.
@@ -277,11 +248,6 @@ Result<void> BpfEngine::adopt_replacement(std::unique_ptr<State> next) {
   if (attachment_.is_attached()) {
     if (auto live = make_live(*next); !live) {
       return live;
-    }
-    // Nothing counts in the old maps any more once the programs that run now have ended.
-    if (const auto grace = GracePeriod::create(); grace && grace->wait()) {
-      carry_counters(state_->maps, next->maps, *next->publisher);
-      carry_live(state_->maps, next->maps);
     }
   }
   state_ = std::move(next);
@@ -574,6 +540,10 @@ Result<void> BpfEngine::make_live(State& next) {
       pins_->discard_staged();
     }
     return switched;
+  }
+  // Before the old maps lose their pins: a process that is killed now leaves them to the next one.
+  if (state_ && state_.get() != &next) {
+    carry_counts(state_->maps, next.maps);
   }
   return pins_ ? pins_->commit_staged() : Result<void>{};
 }

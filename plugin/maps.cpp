@@ -320,7 +320,7 @@ Result<void> Maps::pin(const std::string& directory) const {
 counters Maps::read_counters(std::uint32_t index) const {
   counters sum{};
   for (std::uint32_t shard = 0; shard < capacity_.shards; ++shard) {
-    counters& at = stats()[std::size_t{shard} * capacity_.stats_per_shard() + index];
+    counters& at = counters_at(shard, index);
     sum.connects += std::atomic_ref(at.connects).load(std::memory_order_relaxed);
     sum.refused += std::atomic_ref(at.refused).load(std::memory_order_relaxed);
     sum.reversed += std::atomic_ref(at.reversed).load(std::memory_order_relaxed);
@@ -330,15 +330,8 @@ counters Maps::read_counters(std::uint32_t index) const {
 
 void Maps::clear_counters(std::uint32_t index) const {
   for (std::uint32_t shard = 0; shard < capacity_.shards; ++shard) {
-    stats()[std::size_t{shard} * capacity_.stats_per_shard() + index] = {};
+    counters_at(shard, index) = {};
   }
-}
-
-void Maps::add_counters(std::uint32_t index, const counters& more) const {
-  counters& at = stats()[index];
-  std::atomic_ref(at.connects).fetch_add(more.connects, std::memory_order_relaxed);
-  std::atomic_ref(at.refused).fetch_add(more.refused, std::memory_order_relaxed);
-  std::atomic_ref(at.reversed).fetch_add(more.reversed, std::memory_order_relaxed);
 }
 
 void Maps::set_filter_bit(std::uint32_t bit, bool on) const {

@@ -103,7 +103,9 @@ class Maps {
   /// Sum over the shards. `index` is a record index, or backend_stats() of a backend index.
   counters read_counters(std::uint32_t index) const;
   void clear_counters(std::uint32_t index) const;
-  void add_counters(std::uint32_t index, const counters& more) const;
+  counters& counters_at(std::uint32_t shard, std::uint32_t index) const {
+    return stats()[std::size_t{shard} * capacity_.stats_per_shard() + index];
+  }
   std::uint32_t backend_stats(std::uint32_t backend) const { return capacity_.records() + backend; }
 
   /// Filter_Map: which bit stands for the address of `key`, and setting it.

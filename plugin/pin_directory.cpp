@@ -19,13 +19,15 @@
 #include <utility>
 #include <vector>
 
+#include "plugin/carry_counts.h"
+
 namespace plugin {
 
 namespace {
 
 constexpr const char* next_name = "next";
 
-/// Everything that can be pinned, in the order in which it moves up from next/: sock4_connect last.
+/// Everything that can be pinned, in the order in which it moves up from next/: the maps first, sock4_connect last.
 std::vector<std::string> pin_names() {
   const auto maps = Maps::names();
   std::vector<std::string> names(maps.begin(), maps.end());
@@ -165,7 +167,7 @@ bool PinDirectory::has_state() const { return exists(path_ + "/Meta_Map"); }
 
 Result<Maps> PinDirectory::open_maps() {
   constexpr int attempts = 1000;
-  constexpr int patience = 50;  // a replacement takes less than a millisecond, unless its process died
+  constexpr int patience = 50;  // a replacement takes little more than a grace period, unless its process died
   constexpr timespec pause{.tv_sec = 0, .tv_nsec = 1'000'000};
   const std::string next = path_ + "/" + next_name;
   const std::string meta = path_ + "/Meta_Map";
@@ -259,6 +261,14 @@ Result<void> PinDirectory::recover() {
     }
     if (auto finished = finish_exchange(info.hook); !finished) {
       return finished;
+    }
+  }
+  // The maps move up first: as long as they have not begun to, their counts may not have been carried over.
+  if (exists(next + "/" + Maps::names().front())) {
+    const auto before = Maps::open(path_);
+    const auto now = Maps::open(next);
+    if (before && now) {
+      carry_counts(*before, *now);
     }
   }
   return commit_staged();

@@ -7,9 +7,10 @@
 //   sock4_connect_link, ...       how they are attached (none where the kernel has no bpf_link)
 //   next/                         the same, while a change of programs or maps is under way
 //
-// A change is pinned in next/, then made live by link updates, that of sock4_connect before the others, then moved up
-// by renames, sock4_connect last. Whoever locks the directory afterwards finishes or discards what a process that died
-// has left: next/ is the truth exactly when its sock4_connect is the one attached.
+// A change is pinned in next/, then made live by link updates, that of sock4_connect before the others. When the counts
+// have been carried over to its maps, it is moved up by renames, the maps first and sock4_connect last. Whoever locks
+// the directory afterwards finishes or discards what a process that died has left: next/ is the truth exactly when its
+// sock4_connect is the one attached.
 #pragma once
 
 #include <string>

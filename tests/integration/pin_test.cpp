@@ -3,7 +3,9 @@
 // The fast path outlives the process that made it.
 #include <arpa/inet.h>
 #include <fmt/format.h>
+#include <linux/membarrier.h>
 #include <poll.h>
+#include <sys/syscall.h>
 
 #include <algorithm>
 #include <cstring>
@@ -199,6 +201,52 @@ TEST_F(Pin, CountersSurviveTheProcess) {
   Handle handle(plugin(), pinned());
   EXPECT_EQ(handle.visit().at(0).connects, 4u);
   EXPECT_TRUE(ok(handle.detach()));
+}
+
+TEST_F(Pin, CountsAreCarriedToNewMapsByTheNextProcessIfNeedBe) {
+  const NamedServer one("one");
+  const auto text = [&](std::uint32_t more) {
+    std::vector<Service> services = more_services(more, backend(one));
+    services.push_back({"web", "10.96.0.1", 80, {backend(one)}});
+    return toml(services);
+  };
+  // A process that ends before it has moved its pins up: behind the carrying of the counts, and in front of it.
+  std::vector<Forbidden> forbidden = {{SYS_renameat2, {}, EIO}, {SYS_renameat, {}, EIO}};
+#ifdef SYS_rename
+  forbidden.push_back({SYS_rename, {}, EIO});
+#endif
+  for (const bool is_carried : {true, false}) {
+    if (!is_carried) forbidden.push_back({SYS_membarrier, MEMBARRIER_CMD_GLOBAL, EPERM});
+    pin_from_another_process(text(0));
+    Fd open = tcp_socket();
+    ASSERT_EQ(connect_errno(open.get(), "10.96.0.1", 80), 0);
+    ASSERT_EQ(ask("10.96.0.1", 80), answered_by("one"));
+    EXPECT_EQ(in_child([&] {
+                Handle handle(plugin(), pinned());
+                require_ok(handle.load(text(0)));  // adopts what is pinned, which takes a grace period
+                forbid(forbidden);
+                const Outcome loaded = handle.load(text(200));
+                require(loaded.code == -EIO, "the pins have been moved up: " + loaded.message);
+              }),
+              "");
+    EXPECT_EQ(ask("10.98.0.1", 80), answered_by("one")) << "it had made the new maps live";
+    ASSERT_EQ(ask("10.96.0.1", 80), answered_by("one"));
+
+    Handle handle(plugin(), pinned());
+    const auto web = [&] {
+      const auto seen = handle.visit();
+      return *std::ranges::find(seen, "web", &SeenService::name);
+    };
+    EXPECT_EQ(web().connects, 3u);
+    EXPECT_EQ(web().backends.at(0).connects, 3u);
+    EXPECT_EQ(web().live, 1u);
+    open.reset();
+    EXPECT_EQ(web().live, 0u);
+    const Fd next = tcp_socket();
+    ASSERT_EQ(connect_errno(next.get(), "10.96.0.1", 80), 0);
+    EXPECT_EQ(web().live, 1u) << "it was not below 0 before";
+    EXPECT_TRUE(ok(handle.detach()));
+  }
 }
 
 TEST_F(Pin, DetachLeavesNothing) {
