@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <fstream>
 #include <set>
 #include <thread>
@@ -78,9 +79,22 @@ bool wants(const config::Service& service, config::EngineMode engine) { return s
 
 class Proxy::Posts {
  public:
+  /// The backends that a service does not have any more.
+  struct Left {
+    std::set<BackendPointer> backends;
+    bool is_reset = false;                 // their connections end
+    std::shared_ptr<const Service> after;  // null: the service has left
+  };
+
+  explicit Posts(const Workers& workers) : workers_(workers) {}
+
   void add(Worker& worker, std::function<void()> function) { functions_[&worker].push_back(std::move(function)); }
+  /// For all workers, behind what every one of them has to do: by then no listener gives a connection away any more
+  /// that knows only the service before.
+  void add(std::shared_ptr<ServiceState> state, Left left) { left_.emplace(std::move(state), std::move(left)); }
 
   ~Posts() {
+    if (!left_.empty()) add_turn();
     for (auto& [worker, list] : functions_) {
       worker->post([functions = std::move(list)] {
         for (const auto& function : functions) function();
@@ -89,7 +103,38 @@ class Proxy::Posts {
   }
 
  private:
+  using AllLeft = std::map<std::shared_ptr<ServiceState>, Left>;
+
+  /// The last worker to come here posts what is for later: that comes behind all that any of them has posted before.
+  void add_turn() {
+    struct Turn {
+      std::atomic<std::size_t> workers;
+      const AllLeft left;
+    };
+    const auto turn = std::make_shared<Turn>(workers_.size(), std::move(left_));
+    for (const auto& worker : workers_) {
+      add(*worker, [turn, &workers = workers_] {
+        if (--turn->workers > 0) return;
+        for (const auto& each : workers) each->post([turn, &worker = *each] { leave(worker, turn->left); });
+      });
+    }
+  }
+
+  static void leave(Worker& worker, const AllLeft& all) {
+    worker.for_each_relay([&](Relay& relay) {
+      const auto found = all.find(relay.service().shared_state());
+      if (found == all.end()) return;
+      const Left& left = found->second;
+      if (left.is_reset && left.backends.contains(relay.shared_backend()))
+        relay.end();
+      else if (left.after)
+        relay.change(left.after);
+    });
+  }
+
+  const Workers& workers_;
   std::map<Worker*, std::vector<std::function<void()>>> functions_;
+  AllLeft left_;
 };
 
 Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
@@ -136,7 +181,7 @@ Problems Proxy::apply(config::Config config) {
 
   // Routes first, so that binding works; then what is new and what changes; then what leaves. Its VIPs stay local until
   // the last connection has ended: without the route, connections freeze.
-  Posts posts;
+  Posts posts(workers_);
   for (auto& [key, served] : served_) {
     if (kept.contains(key)) continue;
     leaving_.push_back({std::get<config::Address>(key), served.earlier});
@@ -157,7 +202,7 @@ Problems Proxy::apply(config::Config config) {
     const auto entry = next++;
     if (kept.contains(entry->first)) continue;
     close_listener(entry->second, true, posts);
-    reset_leaving(*entry->second.service, nullptr, posts);
+    leave_backends(*entry->second.service, nullptr, posts);
     served_.erase(entry);
   }
   inherited_.clear();
@@ -222,7 +267,7 @@ void Proxy::update(Served& served, std::shared_ptr<const Service> next, Posts& p
   } else {
     open_listener(served, posts);
   }
-  if (before) reset_leaving(*before, served.service.get(), posts);
+  if (before) leave_backends(*before, served.service, posts);
 }
 
 config::Result<config::Fd> Proxy::socket_for(const Service& service) {
@@ -283,19 +328,17 @@ void Proxy::close_listener(Served& served, bool accept_queued, Posts& posts) {
   }
 }
 
-/// on_remove = "reset": the connections of backends that `after` does not have end at once.
-void Proxy::reset_leaving(const Service& before, const Service* after, Posts& posts) {
-  if (before.settings().on_remove != config::OnRemove::reset) return;
-  auto leaving = std::make_shared<std::set<BackendPointer>>(before.backends().begin(), before.backends().end());
-  if (after != nullptr) {
-    for (const BackendPointer& backend : after->backends()) leaving->erase(backend);
+/// on_remove = "reset": the connections of backends that `after` does not have end. And one that is still on its way to
+/// a backend tries none of these any more.
+void Proxy::leave_backends(const Service& before, const std::shared_ptr<const Service>& after, Posts& posts) {
+  Posts::Left left{.backends = {before.backends().begin(), before.backends().end()},
+                   .is_reset = before.settings().on_remove == config::OnRemove::reset,
+                   .after = after};
+  if (after) {
+    for (const BackendPointer& backend : after->backends()) left.backends.erase(backend);
   }
-  if (leaving->empty()) return;
-  for (const auto& worker : workers_) {
-    posts.add(*worker, [&worker = *worker, leaving] {
-      worker.reset_relays([&](const Relay& relay) { return leaving->contains(relay.shared_backend()); });
-    });
-  }
+  if (left.backends.empty() || (!left.is_reset && !after)) return;
+  posts.add(before.shared_state(), std::move(left));
 }
 
 Worker& Proxy::next_worker() { return *workers_[next_worker_++ % workers_.size()]; }
@@ -349,7 +392,7 @@ void Proxy::watch_leaving() {
 
 void Proxy::allow() {
   allowed_ = std::make_shared<Allowed>(config_.userspace.allow_from, own_addresses());
-  Posts posts;
+  Posts posts(workers_);
   for (const auto& [key, served] : served_) {
     if (served.listener)
       posts.add(*served.worker, [listener = served.listener, allowed = allowed_] { listener->change(allowed); });
@@ -467,7 +510,7 @@ ServiceStatus Proxy::status_of(const config::Service& settings) const {
 void Proxy::drain(std::function<void()> done) {
   is_draining_ = true;
   {
-    Posts posts;
+    Posts posts(workers_);
     for (auto& [key, served] : served_) {
       if (served.udp_listener)
         posts.add(*served.worker, [listener = std::move(served.udp_listener), handed_over = is_handing_over_] {
@@ -494,7 +537,7 @@ void Proxy::wait_for_end(Clock::time_point until, std::function<void()> done) {
   if (Clock::now() >= until) {
     for (const auto& worker : workers_)
       worker->post([&worker = *worker] {
-        worker.reset_relays([](const Relay&) { return true; });
+        worker.for_each_relay([](Relay& relay) { relay.end(); });
         worker.end_flows();
       });
   }

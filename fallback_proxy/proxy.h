@@ -96,7 +96,7 @@ class Proxy {
   config::Result<config::Fd> socket_for(const Service& service);
   void open_listener(Served& served, Posts& posts);
   void close_listener(Served& served, bool accept_queued, Posts& posts);
-  void reset_leaving(const Service& before, const Service* after, Posts& posts);
+  void leave_backends(const Service& before, const std::shared_ptr<const Service>& after, Posts& posts);
   Worker& next_worker();
   Problems make_vips_local();
   Problems late_changes(const config::Userspace& next) const;

@@ -162,6 +162,10 @@ void Relay::connect_outcome() {
   try_backends();
 }
 
+void Relay::change(const std::shared_ptr<const Service>& service) {
+  if (phase_ == Phase::connecting) service_ = service;
+}
+
 void Relay::connected() {
   backend_->connected();
   service_->remember(attempt_->client, backend_, worker_.settings().flows);
