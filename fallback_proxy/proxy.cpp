@@ -2,11 +2,13 @@
 #include "fallback_proxy/proxy.h"
 
 #include <fmt/format.h>
+#include <spdlog/spdlog.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <boost/asio/post.hpp>
 #include <fstream>
 #include <set>
 #include <thread>
@@ -138,7 +140,8 @@ class Proxy::Posts {
 };
 
 Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
-    : first_(first.userspace),
+    : control_(control),
+      first_(first.userspace),
       admission_(descriptors_to_use(thread_count(first)), flow_limit(first, descriptors_to_use(thread_count(first)))),
       allowed_(std::make_shared<Allowed>(std::span<const std::string>(), own_addresses())),
       addresses_(control, [this] { allow(); }),
@@ -176,7 +179,13 @@ Problems Proxy::apply(config::Config config) {
       continue;
     }
     kept.insert(key);
-    served_[key];
+    const auto [entry, is_new] = served_.try_emplace(key);
+    // A thread that serves must not wait for whoever reads the log.
+    if (is_new) {
+      entry->second.state->report = [this](spdlog::level::level_enum level, std::string line) {
+        boost::asio::post(control_, [level, line = std::move(line)] { spdlog::log(level, "{}", line); });
+      };
+    }
   }
 
   // Routes first, so that binding works; then what is new and what changes; then what leaves. Its VIPs stay local until

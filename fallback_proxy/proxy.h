@@ -107,6 +107,7 @@ class Proxy {
   void wait_for_end(Clock::time_point until, std::function<void()> done);
 
   const std::chrono::system_clock::time_point since_ = std::chrono::system_clock::now();
+  boost::asio::io_context& control_;
   const config::Userspace first_;  // some of it holds for good
   config::Config config_;
   Admission admission_;

@@ -153,8 +153,9 @@ Flow* UdpListener::reach_backend(const UdpClient& from, const SocketAddress& cli
       flow->start(now);
       return flow.get();
     }
-    if (is_shortage(errno)) break;
-    backend->failed(now);
+    const int error = errno;
+    if (is_shortage(error)) break;
+    service_->failed(*backend, error, now);
     tried.push_back(std::move(backend));
   }
   return nullptr;

@@ -46,6 +46,7 @@ class UdpListener : public std::enable_shared_from_this<UdpListener> {
 
   // For its flows.
 
+  const Service& service() const { return *service_; }
   void count_received(const Datagrams::Sent& sent);
   /// Passes the worker's first `count` datagrams on to the client.
   void reply(std::size_t count, const UdpClient& client);

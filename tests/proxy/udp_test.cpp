@@ -404,6 +404,7 @@ TEST_F(Udp, ABackendThatRefusesOnceIsLeftAloneForAWhile) {
 TEST_F(Udp, ABackendThatIsBackIsUsedAgain) {
   auto one = std::make_unique<UdpSocket>();
   const Backend address = one->backend();
+  const std::string address_text = fmt::format("backend 127.0.0.1:{}", address.port);
   FallbackProxy proxy(proxy_toml({udp({address})}));
   const std::size_t before = proxy.open_files();
   const UdpSocket client;
@@ -413,9 +414,13 @@ TEST_F(Udp, ABackendThatIsBackIsUsedAgain) {
   client.send_to(vip, port, "refused");
   EXPECT_TRUE(eventually([&] { return proxy.open_files() == before; }));
   const UdpSocket again("127.0.0.1", address.port);
+  proxy.wait_for_log(address_text + " does not answer: Connection refused; tried again in 1 s\n");
   // It is the only one, so it is tried although it is marked.
   client.send_to(vip, port, "!");
-  EXPECT_EQ(again.receive().bytes, "!");
+  const Datagram question = again.receive();
+  EXPECT_EQ(question.bytes, "!");
+  again.answer(question, "back");
+  proxy.wait_for_log(address_text + " does not refuse any more\n");
 }
 
 /// The local ports of this network namespace, while it lives.
