@@ -40,8 +40,10 @@ struct VipFailure {
 class LocalVips {
  public:
   /// -EBUSY: another process of this network namespace has one, and would take our routes for stale ones of its own. To
-  /// hand over, destroy it: the routes stay.
+  /// hand over, destroy it: the routes stay. The process counts when it is root's or this user's own.
   static config::Result<LocalVips> open();
+  /// Who was passed over, in words for the log; empty as a rule.
+  const std::string& warning() const { return warning_; }
 
   /// Makes `wanted` local, then removes every other route of ours: with none wanted, all. A VIP that this host has
   /// anyway, as the address of a device, is left as it is.
@@ -86,6 +88,7 @@ class LocalVips {
   config::Result<std::size_t> receive();
 
   config::Fd lock_;
+  std::string warning_;
   std::unique_ptr<mnl_socket, Close> socket_;
   std::uint32_t sequence_ = 0;
   std::size_t batch_ = 128;  // requests in one system call; all answers to them wait in the receive buffer

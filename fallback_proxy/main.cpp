@@ -229,6 +229,11 @@ int clean_up() {
     spdlog::error("{}", vips.error().message);
     return failed;
   }
+  if (!vips->warning().empty()) {
+    // It may be another user's proxy, and these its routes.
+    spdlog::error("{}; nothing is removed", vips->warning());
+    return failed;
+  }
   const auto removed = vips->reconcile({});
   if (!removed) {
     spdlog::error("{}", removed.error().message);

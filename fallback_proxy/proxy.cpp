@@ -361,9 +361,11 @@ Problems Proxy::make_vips_local() {
     auto opened = LocalVips::open();
     if (!opened) {
       vips_problem_ = opened.error().message;
+      if (opened.error().code == -EBUSY) wait_for_vips(200ms);
       return {vips_problem_};
     }
     local_vips_.emplace(std::move(*opened));
+    if (!local_vips_->warning().empty()) problems.push_back(local_vips_->warning());
   }
   auto failures = local_vips_->reconcile(vips());
   if (!failures) {
@@ -439,17 +441,33 @@ void Proxy::begin_hand_over() {
 
 void Proxy::cancel_hand_over() {
   is_handing_over_ = false;
-  if (has_given_vips_up_) regain_vips();
+  // The process that was to take over may be ending still, and has the routes until then.
+  if (has_given_vips_up_) wait_for_vips(0s);
 }
 
-/// The process that was to take over may be ending still, and has the routes until then.
-void Proxy::regain_vips() {
-  make_vips_local();
-  if (local_vips_) return;
-  vips_timer_.expires_after(100ms);
+/// Makes VIPs local as soon as no other process does, and serves what could not be bound until then.
+void Proxy::wait_for_vips(Clock::duration pause) {
+  vips_timer_.expires_after(pause);
   vips_timer_.async_wait([this](const boost::system::error_code& error) {
-    if (!error && !is_handing_over_) regain_vips();
+    if (error || local_vips_ || is_handing_over_ || is_draining_) return;
+    const Problems problems = make_vips_local();  // waits again
+    if (!local_vips_) return;
+    for (const std::string& problem : problems) spdlog::warn("{}", problem);
+    open_missing_listeners();
   });
+}
+
+void Proxy::open_missing_listeners() {
+  Posts posts(workers_);
+  for (auto& [key, served] : served_) {
+    if (served.problem.empty()) continue;
+    open_listener(served, posts);
+    const std::string name = config::printable(served.service->settings().name);
+    if (served.problem.empty())
+      spdlog::info("service {}: serving now", name);
+    else
+      spdlog::warn("service {}: {}", name, served.problem);
+  }
 }
 
 std::vector<std::pair<SocketName, int>> Proxy::sockets() const {

@@ -100,7 +100,8 @@ class Proxy {
   Worker& next_worker();
   Problems make_vips_local();
   Problems late_changes(const config::Userspace& next) const;
-  void regain_vips();
+  void wait_for_vips(Clock::duration pause);
+  void open_missing_listeners();
   ServiceStatus status_of(const config::Service& settings) const;
   void watch_leaving();
   void allow();
