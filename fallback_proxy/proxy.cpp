@@ -279,12 +279,15 @@ void Proxy::update(Served& served, std::shared_ptr<const Service> next, Posts& p
   if (before) leave_backends(*before, served.service, posts);
 }
 
+/// Or the address of a device.
+bool Proxy::is_by_route(const config::Address& vip) const { return local_vips_ && !vip_problems_.contains(vip); }
+
 config::Result<config::Fd> Proxy::socket_for(const Service& service) {
   const config::Service& settings = service.settings();
   const auto inherited = inherited_.find({settings.vip, settings.port, settings.protocol});
   if (inherited == inherited_.end()) {
-    const bool is_by_route = local_vips_ && !vip_problems_.contains(settings.vip);
-    return is_udp(service) ? open_udp_socket(settings, is_by_route) : open_listening_socket(settings, is_by_route);
+    const bool by_route = is_by_route(settings.vip);
+    return is_udp(service) ? open_udp_socket(settings, by_route) : open_listening_socket(settings, by_route);
   }
   config::Fd socket = std::move(inherited->second);
   inherited_.erase(inherited);
@@ -305,8 +308,8 @@ void Proxy::open_listener(Served& served, Posts& posts) {
   served.worker = &next_worker();
   try {
     if (is_udp(*served.service)) {
-      served.udp_listener =
-          std::make_shared<UdpListener>(*served.worker, workers_, std::move(*socket), served.service, allowed_);
+      served.udp_listener = std::make_shared<UdpListener>(*served.worker, workers_, std::move(*socket), served.service,
+                                                          is_by_route(served.service->settings().vip), allowed_);
       posts.add(*served.worker, [listener = served.udp_listener] { listener->start(); });
     } else {
       served.listener = std::make_shared<Listener>(*served.worker, workers_, admission_, std::move(*socket),

@@ -93,6 +93,7 @@ class Proxy {
 
   std::shared_ptr<const Service> next_service(const config::Service& settings, Served& served);
   void update(Served& served, std::shared_ptr<const Service> next, Posts& posts);
+  bool is_by_route(const config::Address& vip) const;
   config::Result<config::Fd> socket_for(const Service& service);
   void open_listener(Served& served, Posts& posts);
   void close_listener(Served& served, bool accept_queued, Posts& posts);
