@@ -261,9 +261,9 @@ Result<LocalVips> LocalVips::open() {
   return vips;
 }
 
-Result<std::vector<VipFailure>> LocalVips::reconcile(std::span<const Address> wanted) {
+Result<std::vector<VipFailure>> LocalVips::reconcile(std::span<const Address> wanted, std::span<const Address> kept) {
   for (int attempt = 1;; ++attempt) {
-    auto failures = try_reconcile(wanted);
+    auto failures = try_reconcile(wanted, kept);
     if (failures || failures.error().code != -ENOBUFS || attempt == attempts) return failures;
     // Answers were lost, since somebody has made receive buffers small. The next look shows what has been done, and one
     // answer always finds room.
@@ -271,7 +271,8 @@ Result<std::vector<VipFailure>> LocalVips::reconcile(std::span<const Address> wa
   }
 }
 
-Result<std::vector<VipFailure>> LocalVips::try_reconcile(std::span<const Address> wanted) {
+Result<std::vector<VipFailure>> LocalVips::try_reconcile(std::span<const Address> wanted,
+                                                         std::span<const Address> kept) {
   const auto found = routes();
   if (!found) return std::unexpected(found.error());
   std::unordered_set<Address> ours;
@@ -299,6 +300,7 @@ Result<std::vector<VipFailure>> LocalVips::try_reconcile(std::span<const Address
                                            name_of_type(other->second->type), other->second->protocol)});
     }
   }
+  for (const Address& vip : kept) ours.erase(vip);
   const std::vector<Address> stale(ours.begin(), ours.end());
 
   const auto not_added = change(RTM_NEWROUTE, missing);

@@ -45,8 +45,8 @@ class LocalVips {
   /// Who was passed over, in words for the log; empty as a rule.
   const std::string& warning() const { return warning_; }
 
-  /// Makes `wanted` local, then removes every other route of ours: with none wanted, all. A VIP that this host has
-  /// anyway, as the address of a device, is left as it is.
+  /// Makes `wanted` local, then removes every other route of ours but for those of `kept`, which are not added: with
+  /// neither, all. A VIP that this host has anyway, as the address of a device, is left as it is.
   ///
   /// Returns the VIPs for which that cannot be, each with its reason, for example since another owner has a route for
   /// them; that one is left alone. The others are served. -EPERM, CAP_NET_ADMIN is missing: the message has the VIPs
@@ -55,7 +55,8 @@ class LocalVips {
   ///
   /// Connections to a VIP that ceases to be local freeze: close its listeners, and let its connections end, before.
   /// Takes about 10 us for each change, and 1 us for each VIP.
-  config::Result<std::vector<VipFailure>> reconcile(std::span<const config::Address> wanted);
+  config::Result<std::vector<VipFailure>> reconcile(std::span<const config::Address> wanted,
+                                                    std::span<const config::Address> kept = {});
 
  private:
   /// A route of table local.
@@ -80,7 +81,8 @@ class LocalVips {
 
   LocalVips(config::Fd lock, mnl_socket* socket);
 
-  config::Result<std::vector<VipFailure>> try_reconcile(std::span<const config::Address> wanted);
+  config::Result<std::vector<VipFailure>> try_reconcile(std::span<const config::Address> wanted,
+                                                        std::span<const config::Address> kept);
   config::Result<std::vector<Route>> routes();
   config::Result<void> read_routes(std::uint8_t family, std::vector<Route>& routes);
   config::Result<bool> try_read_routes(std::uint8_t family, std::vector<Route>& routes);

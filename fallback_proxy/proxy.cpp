@@ -163,7 +163,7 @@ Proxy::~Proxy() {
   served_.clear();
   workers_.clear();
   // Behind the connections, which freeze without their routes. Failing is no matter: the next process sets it right.
-  if (local_vips_) (void)local_vips_->reconcile(predecessor_vips_);
+  if (local_vips_) (void)local_vips_->reconcile({}, predecessor_vips_);
 }
 
 Problems Proxy::apply(config::Config config) {
@@ -370,7 +370,7 @@ Problems Proxy::make_vips_local() {
     local_vips_.emplace(std::move(*opened));
     if (!local_vips_->warning().empty()) problems.push_back(local_vips_->warning());
   }
-  auto failures = local_vips_->reconcile(vips());
+  auto failures = local_vips_->reconcile(vips_to_serve(), predecessor_vips_);
   if (!failures) {
     vips_problem_ = failures.error().message;
     // One that cannot must not keep another process from it.
@@ -385,7 +385,13 @@ Problems Proxy::make_vips_local() {
 }
 
 std::vector<config::Address> Proxy::vips() const {
-  std::set<config::Address> wanted(predecessor_vips_.begin(), predecessor_vips_.end());
+  std::vector<config::Address> all = vips_to_serve();
+  all.insert(all.end(), predecessor_vips_.begin(), predecessor_vips_.end());
+  return all;
+}
+
+std::vector<config::Address> Proxy::vips_to_serve() const {
+  std::set<config::Address> wanted;
   for (const auto& [key, served] : served_) wanted.insert(std::get<config::Address>(key));
   for (const Leaving& leaving : leaving_) wanted.insert(leaving.vip);
   return {wanted.begin(), wanted.end()};

@@ -99,6 +99,7 @@ class Proxy {
   void close_listener(Served& served, bool accept_queued, Posts& posts);
   void leave_backends(const Service& before, const std::shared_ptr<const Service>& after, Posts& posts);
   Worker& next_worker();
+  std::vector<config::Address> vips_to_serve() const;
   Problems make_vips_local();
   Problems late_changes(const config::Userspace& next) const;
   void wait_for_vips(Clock::duration pause);
@@ -121,7 +122,7 @@ class Proxy {
   std::map<config::Address, std::string> vip_problems_;  // why it is not local by our doing
   std::string vips_problem_;                             // the same for all of them
   std::map<SocketName, config::Fd> inherited_;           // and not used yet
-  std::vector<config::Address> predecessor_vips_;
+  std::vector<config::Address> predecessor_vips_;        // that it has made local
   bool is_handing_over_ = false;
   bool has_given_vips_up_ = false;  // with the hand-over
   boost::asio::steady_timer vips_timer_;

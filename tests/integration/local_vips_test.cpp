@@ -176,6 +176,16 @@ TEST_F(VipRoutes, RemovesWhatIsNoLongerWantedAndTakesBackWhatIsWantedAgain) {
   EXPECT_THAT(our_routes(), IsEmpty());
 }
 
+TEST_F(VipRoutes, KeepsWhatItIsAskedToKeepAndAddsNoneOfThat) {
+  LocalVips vips = open_vips();
+  ASSERT_THAT(reconcile(vips, addresses({"10.96.0.10", "10.96.0.11"})), IsEmpty());
+  const auto kept = addresses({"10.96.0.11", "10.96.0.13"});
+  const auto failures = vips.reconcile(addresses({"10.96.0.12"}), kept);
+  ASSERT_TRUE(failures);
+  EXPECT_THAT(*failures, IsEmpty());
+  EXPECT_THAT(our_routes(), ElementsAre(route("10.96.0.11"), route("10.96.0.12")));
+}
+
 TEST_F(VipRoutes, SetsRightWhatAKilledProcessLeft) {
   support::Child victim([](const support::Channel& channel) {
     LocalVips vips = open_vips();
