@@ -202,13 +202,14 @@ int serve(const std::string& file, const std::optional<std::string>& control, bo
   auto config = read(file);
   if (!config) return configuration;
   std::signal(SIGPIPE, SIG_IGN);  // splice() into a closed connection has no MSG_NOSIGNAL
-  Program program(file, *config);
+  std::optional<Program> program(std::in_place, file, *config);
   const std::string path = control.value_or(config->engine.control);
-  if (const auto started = program.start(std::move(*config), path, take_over); !started) {
+  if (const auto started = program->start(std::move(*config), path, take_over); !started) {
     spdlog::error("{}", started.error().message);
     return failed;
   }
-  program.run();
+  program->run();
+  program.reset();
   spdlog::info("ended");
   return fine;
 }

@@ -162,8 +162,12 @@ Proxy::~Proxy() {
   for (const auto& worker : workers_) worker->stop();
   served_.clear();
   workers_.clear();
-  // Behind the connections, which freeze without their routes. Failing is no matter: the next process sets it right.
-  if (local_vips_) (void)local_vips_->reconcile({}, predecessor_vips_);
+  // Behind the connections, which freeze without their routes.
+  if (!local_vips_) return;
+  const auto failures = local_vips_->reconcile({}, predecessor_vips_);
+  if (!failures) spdlog::warn("{}", failures.error().message);
+  for (const auto& failure : failures.value_or(std::vector<VipFailure>()))
+    spdlog::warn("vip {}: {}", failure.vip.to_string(), failure.reason);
 }
 
 Problems Proxy::apply(config::Config config) {
@@ -571,6 +575,8 @@ void Proxy::wait_for_end(Clock::time_point until, std::function<void()> done) {
   // A predecessor's connections need the routes, which end with this process.
   if (workers_accepting_ == 0 && connections() == 0 && predecessor_vips_.empty()) return done();
   if (Clock::now() >= until) {
+    if (const std::size_t left = connections(); left > 0 && !std::exchange(is_drain_over_, true))
+      spdlog::warn("drain_timeout is over: {} connections are reset", left);
     for (const auto& worker : workers_)
       worker->post([&worker = *worker] {
         worker.for_each_relay([](Relay& relay) { relay.end(); });

@@ -127,6 +127,7 @@ class Proxy {
   bool has_given_vips_up_ = false;  // with the hand-over
   boost::asio::steady_timer vips_timer_;
   bool is_draining_ = false;
+  bool is_drain_over_ = false;
   std::map<SocketName, Served> served_;
   std::vector<Leaving> leaving_;
   boost::asio::steady_timer leaving_timer_;
