@@ -273,6 +273,7 @@ Result<std::vector<VipFailure>> LocalVips::reconcile(std::span<const Address> wa
 
 Result<std::vector<VipFailure>> LocalVips::try_reconcile(std::span<const Address> wanted,
                                                          std::span<const Address> kept) {
+  added_ = 0;
   const auto found = routes();
   if (!found) return std::unexpected(found.error());
   std::unordered_set<Address> ours;
@@ -305,6 +306,7 @@ Result<std::vector<VipFailure>> LocalVips::try_reconcile(std::span<const Address
 
   const auto not_added = change(RTM_NEWROUTE, missing);
   if (!not_added) return std::unexpected(not_added.error());
+  added_ = missing.size() - not_added->size();
   const auto not_removed = change(RTM_DELROUTE, stale);
   if (!not_removed) return std::unexpected(not_removed.error());
 

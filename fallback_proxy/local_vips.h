@@ -57,6 +57,8 @@ class LocalVips {
   /// Takes about 10 us for each change, and 1 us for each VIP.
   config::Result<std::vector<VipFailure>> reconcile(std::span<const config::Address> wanted,
                                                     std::span<const config::Address> kept = {});
+  /// How many routes the last reconcile() has added.
+  std::size_t added() const { return added_; }
 
  private:
   /// A route of table local.
@@ -92,6 +94,7 @@ class LocalVips {
   config::Fd lock_;
   std::string warning_;
   std::unique_ptr<mnl_socket, Close> socket_;
+  std::size_t added_ = 0;
   std::uint32_t sequence_ = 0;
   std::size_t batch_ = 128;  // requests in one system call; all answers to them wait in the receive buffer
   std::vector<char> buffer_;

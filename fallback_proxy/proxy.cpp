@@ -71,6 +71,10 @@ std::int64_t flow_limit(const config::Config& config, std::int64_t descriptors) 
   return std::max<std::int64_t>(limit, 1);
 }
 
+// Between the removal of a route by somebody else and its return: many are removed at once, as a rule.
+constexpr auto first_repair_pause = 100ms;
+constexpr auto longest_repair_pause = 60s;
+
 bool is_udp(const Service& service) { return service.settings().protocol == config::Protocol::udp; }
 
 constexpr const char* other_engine = "wants the engine bpf, and this is the userspace engine";
@@ -144,8 +148,11 @@ Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
       first_(first.userspace),
       admission_(descriptors_to_use(thread_count(first)), flow_limit(first, descriptors_to_use(thread_count(first)))),
       allowed_(std::make_shared<Allowed>(std::span<const std::string>(), own_addresses())),
-      addresses_(control, [this] { allow(); }),
+      addresses_(
+          control, [this] { allow(); }, [this] { route_removed(); }),
       vips_timer_(control),
+      repair_timer_(control),
+      repair_pause_(first_repair_pause),
       leaving_timer_(control),
       drain_timer_(control) {
   const std::size_t threads = thread_count(first);
@@ -468,6 +475,29 @@ void Proxy::wait_for_vips(Clock::duration pause) {
     for (const std::string& problem : problems) spdlog::warn("{}", problem);
     open_missing_listeners();
   });
+}
+
+/// By us, or by somebody else: then it is added again soon. To whoever removes it again and again it is left for ever
+/// longer.
+void Proxy::route_removed() {
+  if (!local_vips_ || std::exchange(is_repairing_, true)) return;
+  if (Clock::now() - last_repair_ > 2 * longest_repair_pause) repair_pause_ = first_repair_pause;
+  repair_timer_.expires_after(repair_pause_);
+  repair_timer_.async_wait([this](const boost::system::error_code& error) {
+    is_repairing_ = false;
+    if (!error && local_vips_) add_removed_routes();
+  });
+}
+
+void Proxy::add_removed_routes() {
+  const Problems problems = make_vips_local();
+  const std::size_t added = local_vips_ ? local_vips_->added() : 0;
+  if (local_vips_ && added == 0) return;
+  for (const std::string& problem : problems) spdlog::warn("{}", problem);
+  if (added == 0) return;
+  spdlog::warn("somebody else has removed {} local routes of this proxy: added again", added);
+  last_repair_ = Clock::now();
+  repair_pause_ = std::min<Clock::duration>(2 * repair_pause_, longest_repair_pause);
 }
 
 void Proxy::open_missing_listeners() {

@@ -104,6 +104,8 @@ class Proxy {
   Problems late_changes(const config::Userspace& next) const;
   void wait_for_vips(Clock::duration pause);
   void open_missing_listeners();
+  void route_removed();
+  void add_removed_routes();
   ServiceStatus status_of(const config::Service& settings) const;
   void watch_leaving();
   void allow();
@@ -126,6 +128,10 @@ class Proxy {
   bool is_handing_over_ = false;
   bool has_given_vips_up_ = false;  // with the hand-over
   boost::asio::steady_timer vips_timer_;
+  boost::asio::steady_timer repair_timer_;
+  bool is_repairing_ = false;
+  Clock::duration repair_pause_;
+  Clock::time_point last_repair_;
   bool is_draining_ = false;
   bool is_drain_over_ = false;
   std::map<SocketName, Served> served_;
