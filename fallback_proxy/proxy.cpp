@@ -559,6 +559,7 @@ ServiceStatus Proxy::status_of(const config::Service& settings) const {
   const ServiceState& counted = *served.state;
   status.refused = counted.refused.load(std::memory_order_relaxed);
   status.denied = counted.denied.load(std::memory_order_relaxed);
+  status.dropped = counted.dropped.load(std::memory_order_relaxed);
   status.received = counted.received.load(std::memory_order_relaxed);
   status.sent = counted.sent.load(std::memory_order_relaxed);
   const auto now = Clock::now();
