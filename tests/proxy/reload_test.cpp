@@ -3,6 +3,8 @@
 // A reload changes what is served, in place.
 #include <fmt/format.h>
 #include <signal.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -72,6 +74,17 @@ TEST_F(ProxyReload, AMistakeChangesNothingAndIsShown) {
   // A file that is no TOML at all.
   EXPECT_NE(proxy.reload("[[service\n").find("goes on serving"), std::string::npos);
   EXPECT_EQ(ask(vip, vip_port), answered_by("one"));
+}
+
+TEST_F(ProxyReload, AFifoInPlaceOfTheFileHoldsNothingUp) {
+  const NamedServer one("one");
+  FallbackProxy proxy(proxy_toml({web({backend(one)})}));
+  ASSERT_EQ(::unlink(proxy.files()->config().c_str()), 0);
+  ASSERT_EQ(::mkfifo(proxy.files()->config().c_str(), 0600), 0);
+  proxy.signal(SIGHUP);
+  EXPECT_NE(proxy.wait_for_log("goes on serving").find("a pipe, and nobody writes to it"), std::string::npos);
+  EXPECT_EQ(ask(vip, vip_port), answered_by("one"));
+  EXPECT_EQ(proxy.terminate().exit_code, 0);
 }
 
 TEST_F(ProxyReload, ServicesComeAndGo) {
