@@ -260,8 +260,10 @@ class Predecessor {
   std::string refusal_of(const FallbackProxy::Files& files, const userspace::Offer& offer, int control = -1) const {
     Process next({CLUSTERIP_FALLBACK_PROXY, "--config", files.config(), "--take-over"});
     const Fd connection(checked(::accept4(control_.get(), nullptr, nullptr, SOCK_CLOEXEC), "accept"));
-    for (const auto& message : userspace::messages(offer, control < 0 ? control_.get() : control, "0"))
-      checked(userspace::send_with_descriptors(connection.get(), message.line, message.descriptors), "send");
+    for (const auto& message : userspace::messages(offer, control < 0 ? control_.get() : control, "0")) {
+      // It may have ended before it has heard all.
+      if (userspace::send_with_descriptors(connection.get(), message.line, message.descriptors) < 0) break;
+    }
     const Finished ended = next.wait();
     EXPECT_EQ(ended.exit_code, failed);
     EXPECT_EQ(lines(ended.err), 1) << ended.err;
