@@ -36,7 +36,8 @@ std::expected<Config, std::vector<Mistake>> read_config(std::string_view text, C
 /// check.
 std::vector<Mistake> check_backends(const Service& service, std::span<const Backend> backends);
 
-/// Read the whole file. The error's message names the path and the reason.
+/// Read the whole file: a regular one, or a pipe that somebody writes to, with some seconds of patience. The error's
+/// message names the path and the reason.
 Result<std::string> read_file(const std::string& path);
 
 /// "file:line:column: message", then the line of `text` and a caret under the column: how compilers show a mistake.

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <poll.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <system_error>
 
 #include "config/printable.h"
@@ -13,10 +16,15 @@
 namespace config {
 namespace {
 
+// For whoever writes to a pipe; a service that reads its configuration again does nothing else meanwhile.
+constexpr auto pipe_patience = std::chrono::seconds(5);
+
 constexpr std::size_t mebibyte = std::size_t{1024} * 1024;
 
 struct File {
-  explicit File(const std::string& path) : descriptor(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOCTTY)) {}
+  // Without O_NONBLOCK, opening a FIFO waits until somebody writes to it.
+  explicit File(const std::string& path)
+      : descriptor(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK)) {}
   ~File() {
     if (descriptor >= 0) ::close(descriptor);
   }
@@ -30,11 +38,25 @@ std::unexpected<Error> failed(const std::string& path, int code) {
   return std::unexpected(Error{-code, fmt::format("{}: {}", printable(path), std::generic_category().message(code))});
 }
 
+/// Waits until more can be read, or nobody has the other end of the pipe any more. False when that takes too long.
+bool wait_for_more(int pipe, std::chrono::steady_clock::time_point until) {
+  const auto left = std::chrono::ceil<std::chrono::milliseconds>(until - std::chrono::steady_clock::now());
+  pollfd readable{.fd = pipe, .events = POLLIN, .revents = 0};
+  return left.count() > 0 && ::poll(&readable, 1, static_cast<int>(left.count())) != 0;
+}
+
 }  // namespace
 
 Result<std::string> read_file(const std::string& path) {
   const File file(path);
   if (file.descriptor < 0) return failed(path, errno);
+  struct stat status{};
+  if (::fstat(file.descriptor, &status) != 0) return failed(path, errno);
+  const bool is_pipe = S_ISFIFO(status.st_mode);
+  // A device may never end, or wait for somebody to type.
+  if (!S_ISREG(status.st_mode) && !S_ISDIR(status.st_mode) && !is_pipe)
+    return std::unexpected(Error{-EINVAL, fmt::format("{}: expected a file or a pipe", printable(path))});
+  const auto until = std::chrono::steady_clock::now() + pipe_patience;
   std::string text;
   std::size_t length = 0;
   for (;;) {
@@ -42,6 +64,8 @@ Result<std::string> read_file(const std::string& path) {
     if (text.size() == length) text.resize(std::max<std::size_t>(mebibyte / 16, 2 * length));
     const ssize_t got = ::read(file.descriptor, text.data() + length, text.size() - length);
     if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && errno == EAGAIN && wait_for_more(file.descriptor, until)) continue;
+    if (got < 0 && errno == EAGAIN) return failed(path, ETIMEDOUT);
     if (got < 0) return failed(path, errno);
     if (got == 0) break;
     length += static_cast<std::size_t>(got);
@@ -50,6 +74,8 @@ Result<std::string> read_file(const std::string& path) {
           -EFBIG, fmt::format("{}: expected at most {} MiB, got more", printable(path), max_text_size / mebibyte)});
     }
   }
+  if (is_pipe && length == 0)
+    return std::unexpected(Error{-EPIPE, fmt::format("{}: a pipe, and nobody writes to it", printable(path))});
   text.resize(length);
   text.shrink_to_fit();
   return text;

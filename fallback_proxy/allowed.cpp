@@ -41,9 +41,14 @@ Allowed::Allowed(std::span<const std::string> networks, std::span<const config::
   for (const config::Address& address : own) own_.insert(key(address));
 }
 
-bool Allowed::contains(const SocketAddress& client) const {
+bool Allowed::is_own(const SocketAddress& client) const {
   const config::Address address = client.address();
-  if (address.is_loopback() || own_.contains(key(address))) return true;
+  return address.is_loopback() || own_.contains(key(address));
+}
+
+bool Allowed::contains(const SocketAddress& client) const {
+  if (is_own(client)) return true;
+  const config::Address address = client.address();
   if (address.is_v4())
     return std::ranges::any_of(networks_v4_, [&](const auto& network) { return has(network, address.to_v4()); });
   return std::ranges::any_of(networks_v6_, [&](const auto& network) { return has(network, address.to_v6()); });

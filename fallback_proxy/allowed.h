@@ -23,6 +23,8 @@ class Allowed {
   Allowed(std::span<const std::string> networks, std::span<const config::Address> own);
 
   bool contains(const SocketAddress& client) const;
+  /// An address of this host.
+  bool is_own(const SocketAddress& client) const;
 
  private:
   std::vector<boost::asio::ip::network_v4> networks_v4_;

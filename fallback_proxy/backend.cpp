@@ -63,21 +63,27 @@ bool Backend::admits(Clock::time_point now) {
   return retry_at_.compare_exchange_strong(retry_at, ticks(next), std::memory_order_relaxed);
 }
 
-void Backend::connected() {
+bool Backend::connected() {
   connects.fetch_add(1, std::memory_order_relaxed);
   // Read first: the cache line stays shared while all is well.
-  if (retry_at_.load(std::memory_order_relaxed) != 0) {
-    failures_in_a_row_.store(0, std::memory_order_relaxed);
-    retry_at_.store(0, std::memory_order_relaxed);
-  }
+  if (retry_at_.load(std::memory_order_relaxed) == 0) return false;
+  failures_in_a_row_.store(0, std::memory_order_relaxed);
+  retry_at_.store(0, std::memory_order_relaxed);
+  return is_told_.exchange(false, std::memory_order_relaxed);
 }
 
-void Backend::failed(Clock::time_point now, Clock::time_point began) {
+std::optional<Clock::duration> Backend::failed(Clock::time_point now, Clock::time_point began) {
   failures.fetch_add(1, std::memory_order_relaxed);
-  if (ticks(began) < last_failure_.load(std::memory_order_relaxed)) return;
+  if (ticks(began) < last_failure_.load(std::memory_order_relaxed)) return {};
   last_failure_.store(ticks(now), std::memory_order_relaxed);
   const std::uint32_t in_a_row = failures_in_a_row_.fetch_add(1, std::memory_order_relaxed) + 1;
-  retry_at_.store(ticks(now + pause_after(in_a_row)), std::memory_order_relaxed);
+  const auto pause = pause_after(in_a_row);
+  retry_at_.store(ticks(now + pause), std::memory_order_relaxed);
+  // One that is the only one is tried although it has just failed, and may come and go many times a second.
+  if (ticks(now) < tell_again_.load(std::memory_order_relaxed)) return {};
+  if (is_told_.exchange(true, std::memory_order_relaxed)) return {};
+  tell_again_.store(ticks(now + first_pause), std::memory_order_relaxed);
+  return pause;
 }
 
 }  // namespace userspace

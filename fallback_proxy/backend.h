@@ -11,6 +11,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "config/config.h"
@@ -53,10 +54,13 @@ class Backend {
   /// Nobody has found it dead, or long enough ago. Changes nothing.
   bool is_marked(Clock::time_point now) const { return retry_at_.load(std::memory_order_relaxed) > ticks(now); }
 
-  void connected();
+  /// True when this is news: failed() has told.
+  bool connected();
   /// `began`: when the attempt did, or the flow that is refused. Those that began before a failure which is known
   /// already say nothing new: all at once, they would mark it for as long as many failures in a row do.
-  void failed(Clock::time_point now, Clock::time_point began = Clock::time_point::max());
+  /// Returns for how long it is left alone when that is news: once, until it is reached again, and once a second at
+  /// most.
+  std::optional<Clock::duration> failed(Clock::time_point now, Clock::time_point began = Clock::time_point::max());
 
   const SocketAddress address;
   std::atomic<std::uint32_t> live = 0;      // connections and UDP flows
@@ -69,6 +73,8 @@ class Backend {
   std::atomic<std::uint32_t> failures_in_a_row_ = 0;
   std::atomic<std::int64_t> retry_at_ = 0;  // 0: not marked
   std::atomic<std::int64_t> last_failure_ = 0;
+  std::atomic<bool> is_told_ = false;         // that it fails
+  std::atomic<std::int64_t> tell_again_ = 0;  // not before
 };
 
 }  // namespace userspace

@@ -38,6 +38,8 @@ void Datagrams::empty_buffers(std::size_t count) {
     buffers_[i].iov_len = longest;
     headers_[i].msg_hdr.msg_name = &sources_[i].storage;
     headers_[i].msg_hdr.msg_namelen = sizeof sources_[i].storage;
+    headers_[i].msg_hdr.msg_control = &controls_[i];
+    headers_[i].msg_hdr.msg_controllen = sizeof controls_[i];
   }
 }
 
@@ -52,11 +54,22 @@ std::size_t Datagrams::receive(int fd) {
   return used_;
 }
 
+unsigned Datagrams::device(std::size_t index) const {
+  const msghdr& header = headers_[index].msg_hdr;
+  const cmsghdr* part = CMSG_FIRSTHDR(&header);
+  if (part == nullptr || part->cmsg_level != IPPROTO_IPV6 || part->cmsg_type != IPV6_PKTINFO) return 0;
+  in6_pktinfo info{};
+  std::memcpy(&info, CMSG_DATA(part), sizeof info);
+  return info.ipi6_ifindex;
+}
+
 Datagrams::Sent Datagrams::send(int fd, std::size_t begin, std::size_t end, const UdpClient* client) {
   for (std::size_t i = begin; i < end; ++i) {
     msghdr& header = headers_[i].msg_hdr;
     header.msg_name = client == nullptr ? nullptr : const_cast<sockaddr_in6*>(&client->storage);
     header.msg_namelen = client == nullptr ? 0 : client->length;
+    header.msg_control = nullptr;
+    header.msg_controllen = 0;
   }
   Sent sent{.next = begin};
   std::size_t failed = end;

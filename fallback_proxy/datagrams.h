@@ -36,6 +36,8 @@ class Datagrams {
   std::size_t receive(int fd);
 
   const UdpClient& source(std::size_t index) const { return sources_[index]; }
+  /// The index of the device that it came in by, until it is sent; 0 where the socket does not tell (IPV6_RECVPKTINFO).
+  unsigned device(std::size_t index) const;
 
   struct Sent {
     std::size_t next = 0;  // the first that was neither sent nor dropped: a refusal came between
@@ -49,10 +51,15 @@ class Datagrams {
  private:
   void empty_buffers(std::size_t count);
 
+  struct alignas(cmsghdr) Control {
+    char bytes[CMSG_SPACE(sizeof(in6_pktinfo))];
+  };
+
   std::unique_ptr<char[]> area_;
   std::array<mmsghdr, most> headers_{};
   std::array<iovec, most> buffers_{};
   std::array<UdpClient, most> sources_;
+  std::array<Control, most> controls_{};
   std::size_t used_ = most;  // headers that do not describe an empty buffer
 };
 

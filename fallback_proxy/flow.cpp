@@ -80,12 +80,12 @@ void Flow::receive() {
 
 void Flow::reached() {
   if (std::exchange(has_reached_, true)) return;
-  backend_->connected();
+  listener_->service().reached(*backend_);
 }
 
 void Flow::refused(Clock::time_point now) {
   has_reached_ = true;  // it has not, and close() shall not think so
-  backend_->failed(now, began_);
+  listener_->service().failed(*backend_, ECONNREFUSED, now, began_);
   end();
 }
 

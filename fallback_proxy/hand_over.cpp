@@ -2,6 +2,7 @@
 #include "fallback_proxy/hand_over.h"
 
 #include <fmt/format.h>
+#include <netinet/in.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -28,6 +29,38 @@ SocketName to_name(const boost::json::object& json) {
 
 std::string to_line(const boost::json::object& object) { return serialize(object) + "\n"; }
 
+int option(int fd, int name) {
+  int value = -1;
+  socklen_t length = sizeof value;
+  return ::getsockopt(fd, SOL_SOCKET, name, &value, &length) == 0 ? value : -1;
+}
+
+/// Whether it is the socket that its line says it is.
+bool is_socket_of(int fd, const SocketName& name) {
+  const auto& [vip, port, protocol] = name;
+  const bool is_udp = protocol == config::Protocol::udp;
+  if (option(fd, SO_TYPE) != (is_udp ? SOCK_DGRAM : SOCK_STREAM) ||
+      option(fd, SO_PROTOCOL) != (is_udp ? IPPROTO_UDP : IPPROTO_TCP) || option(fd, SO_ACCEPTCONN) != (is_udp ? 0 : 1))
+    return false;
+  SocketAddress bound;
+  bound.length = sizeof bound.storage;
+  return ::getsockname(fd, &bound.storage.any, &bound.length) == 0 &&
+         bound.family() == SocketAddress(vip, port).family() && bound.address() == vip && bound.port() == port;
+}
+
+bool is_control_socket(int fd) {
+  return option(fd, SO_DOMAIN) == AF_UNIX && option(fd, SO_TYPE) == SOCK_STREAM && option(fd, SO_ACCEPTCONN) == 1;
+}
+
+bool may_be_vip(const config::Address& address) {
+  return !address.is_unspecified() && !address.is_multicast() &&
+         address != config::Address(boost::asio::ip::address_v4::broadcast());
+}
+
+std::unexpected<config::Error> is_not(const ControlClient& from, std::string_view what) {
+  return config::fail(-EPROTO, fmt::format("pid {} has handed over what is not {}", from.pid(), what));
+}
+
 config::Result<config::Fd> next_descriptor(ControlClient& from) {
   if (auto descriptor = from.take_descriptor()) return std::move(*descriptor);
   return config::fail(-EPROTO, fmt::format("pid {} has named a socket that it did not send", from.pid()));
@@ -43,11 +76,15 @@ config::Result<Inheritance> receive_inheritance(ControlClient& from) {
   }
   Inheritance result;
   result.version = first->at("version").as_string();
-  for (const auto& vip : first->at("vips").as_array())
+  for (const auto& vip : first->at("vips").as_array()) {
     result.vips.push_back(boost::asio::ip::make_address(std::string_view(vip.as_string())));
+    if (!may_be_vip(result.vips.back()))
+      return is_not(from, fmt::format("a VIP: {}", std::string_view(vip.as_string())));
+  }
   auto control = next_descriptor(from);
   if (!control) return std::unexpected(control.error());
   result.control = std::move(*control);
+  if (!is_control_socket(result.control.get())) return is_not(from, "its control socket");
 
   for (;;) {
     const auto line = from.receive();
@@ -57,7 +94,9 @@ config::Result<Inheritance> receive_inheritance(ControlClient& from) {
     for (const auto& name : sockets) {
       auto socket = next_descriptor(from);
       if (!socket) return std::unexpected(socket.error());
-      result.sockets.emplace(to_name(name.as_object()), std::move(*socket));
+      const SocketName bound = to_name(name.as_object());
+      if (!is_socket_of(socket->get(), bound)) return is_not(from, fmt::format("the socket of {}", serialize(name)));
+      result.sockets.emplace(bound, std::move(*socket));
     }
   }
 }

@@ -2,6 +2,7 @@
 #include "fallback_proxy/listener.h"
 
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -17,6 +18,16 @@ constexpr int batch = 64;
 
 // As many as net.core.somaxconn allows.
 constexpr int backlog = 65535;
+
+/// A client that gave up while it was queued is no reason to stop.
+bool is_of_one_client(int error) { return error == ECONNABORTED || error == EINTR || error == EPROTO; }
+
+/// Connections that can be accepted.
+std::uint32_t queue_length(int fd) {
+  tcp_info info{};
+  socklen_t length = sizeof info;
+  return ::getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) == 0 ? info.tcpi_unacked : 0;
+}
 
 }  // namespace
 
@@ -75,8 +86,7 @@ void Listener::accept_queued() {
     if (!accept_one()) {
       const int error = errno;
       admission_.give_back();
-      // A client that gave up while it was queued is no reason to stop.
-      if (error == ECONNABORTED || error == EINTR || error == EPROTO) continue;
+      if (is_of_one_client(error)) continue;
       if (error == EAGAIN || error == EWOULDBLOCK) break;
       return pause();
     }
@@ -122,10 +132,13 @@ void Listener::pause() {
 }
 
 void Listener::stop(bool accept_queued) {
-  while (accept_queued && admission_.take()) {
+  // What comes meanwhile as well, within bounds: clients may keep the queue full for ever.
+  const std::uint32_t most = accept_queued ? queue_length(socket_.native_handle()) + batch : 0;
+  for (std::uint32_t i = 0; i < most && admission_.take(); ++i) {
     if (accept_one()) continue;
+    const int error = errno;
     admission_.give_back();
-    break;
+    if (!is_of_one_client(error)) break;
   }
   boost::system::error_code ignored;
   socket_.close(ignored);

@@ -5,14 +5,18 @@
 #include <libmnl/libmnl.h>
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
+#include <linux/sock_diag.h>
+#include <linux/unix_diag.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
+#include <optional>
 #include <string_view>
 #include <unordered_map>
 #include <unordered_set>
@@ -32,15 +36,68 @@ constexpr std::uint32_t loopback = 1;  // the kernel makes it the first device o
 constexpr std::size_t buffer_size = std::size_t{32} * 1024;
 constexpr int attempts = 10;  // of what others can disturb
 
+constexpr std::string_view lock_name{"\0clusterip/local_vips", 21};
+
+using Netlink = std::unique_ptr<mnl_socket, decltype([](mnl_socket* socket) { mnl_socket_close(socket); })>;
+
+/// The attribute of this type behind the first `offset` bytes of the payload, or null.
+const nlattr* find_attribute(const nlmsghdr* message, std::size_t offset, std::uint16_t type) {
+  struct Search {
+    std::uint16_t type;
+    const nlattr* found = nullptr;
+  } search{type};
+  const auto look = [](const nlattr* attribute, void* data) -> int {
+    auto* wanted = static_cast<Search*>(data);
+    if (mnl_attr_get_type(attribute) == wanted->type) wanted->found = attribute;
+    return MNL_CB_OK;
+  };
+  mnl_attr_parse(message, static_cast<unsigned>(offset), look, &search);
+  return search.found;
+}
+
+/// The user who has bound the name of the lock. Nothing when nobody has, or where the kernel does not tell (before
+/// Linux 5.3, or without CONFIG_UNIX_DIAG).
+std::optional<uid_t> lock_holder() {
+  const Netlink socket(mnl_socket_open2(NETLINK_SOCK_DIAG, SOCK_CLOEXEC));
+  if (!socket || mnl_socket_bind(socket.get(), 0, MNL_SOCKET_AUTOPID) < 0) return {};
+  std::vector<char> buffer(buffer_size);
+  nlmsghdr* request = mnl_nlmsg_put_header(buffer.data());
+  request->nlmsg_type = SOCK_DIAG_BY_FAMILY;
+  request->nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP;
+  auto* filter = static_cast<unix_diag_req*>(mnl_nlmsg_put_extra_header(request, sizeof(unix_diag_req)));
+  filter->sdiag_family = AF_UNIX;
+  filter->udiag_states = ~std::uint32_t{0};
+  filter->udiag_show = UDIAG_SHOW_NAME | UDIAG_SHOW_UID;
+  if (mnl_socket_sendto(socket.get(), request, request->nlmsg_len) < 0) return {};
+
+  std::optional<uid_t> holder;
+  const auto look = [](const nlmsghdr* message, void* data) -> int {
+    // Sockets of another type may have the same name.
+    if (static_cast<const unix_diag_msg*>(mnl_nlmsg_get_payload(message))->udiag_type != SOCK_DGRAM) return MNL_CB_OK;
+    const nlattr* name = find_attribute(message, sizeof(unix_diag_msg), UNIX_DIAG_NAME);
+    const nlattr* user = find_attribute(message, sizeof(unix_diag_msg), UNIX_DIAG_UID);
+    if (name != nullptr && user != nullptr &&
+        std::string_view(static_cast<const char*>(mnl_attr_get_payload(name)), mnl_attr_get_payload_len(name)) ==
+            lock_name)
+      *static_cast<std::optional<uid_t>*>(data) = mnl_attr_get_u32(user);
+    return MNL_CB_OK;
+  };
+  for (int more = MNL_CB_OK; more > MNL_CB_STOP;) {
+    const ssize_t size = mnl_socket_recvfrom(socket.get(), buffer.data(), buffer.size());
+    if (size < 0) break;
+    more = mnl_cb_run(buffer.data(), static_cast<std::size_t>(size), 0, 0, look, &holder);
+  }
+  return holder;
+}
+
 /// There is nobody to ask who began first; a bound name is in one network namespace, and goes with the process.
 Result<config::Fd> lock() {
-  constexpr std::string_view name{"\0clusterip/local_vips", 21};
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
-  name.copy(address.sun_path, name.size());
+  lock_name.copy(address.sun_path, lock_name.size());
   config::Fd fd(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0));
   if (!fd) return config::fail_errno(errno, "socket");
-  const auto length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + name.size());
+  const auto length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + lock_name.size());
   if (::bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), length) == 0) return fd;
   if (errno != EADDRINUSE) return config::fail_errno(errno, "binding @clusterip/local_vips");
   return config::fail(-EBUSY,
@@ -98,21 +155,6 @@ std::size_t put_request(char* buffer, std::uint16_t type, std::uint16_t flags, s
 }
 
 std::string error_text(int error) { return config::fail_errno(error, "").error().message.substr(2); }
-
-/// The attribute of this type behind the first `offset` bytes of the payload, or null.
-const nlattr* find_attribute(const nlmsghdr* message, std::size_t offset, std::uint16_t type) {
-  struct Search {
-    std::uint16_t type;
-    const nlattr* found = nullptr;
-  } search{type};
-  const auto look = [](const nlattr* attribute, void* data) -> int {
-    auto* wanted = static_cast<Search*>(data);
-    if (mnl_attr_get_type(attribute) == wanted->type) wanted->found = attribute;
-    return MNL_CB_OK;
-  };
-  mnl_attr_parse(message, static_cast<unsigned>(offset), look, &search);
-  return search.found;
-}
 
 /// The kernel's own words where it has any: "Permission denied" alone would not say that IPv6 is switched off.
 std::string reason_of(const nlmsghdr* answer, const nlmsgerr* error) {
@@ -190,10 +232,21 @@ LocalVips::LocalVips(config::Fd lock, mnl_socket* socket)
 
 Result<LocalVips> LocalVips::open() {
   auto locked = lock();
-  if (!locked) return std::unexpected(locked.error());
+  std::string warning;
+  if (!locked) {
+    // Every user may bind the name. Root and this process's own user are believed to have it for our routes.
+    const auto holder = locked.error().code == -EBUSY ? lock_holder() : std::nullopt;
+    if (!holder || *holder == 0 || *holder == ::geteuid()) return std::unexpected(locked.error());
+    warning = fmt::format(
+        "user {} holds @clusterip/local_vips, which is to keep two proxies from one another's routes, and is neither "
+        "root nor this process's user: passed over (ss -xap 'src @clusterip/local_vips' shows who it is)",
+        *holder);
+    locked = config::Fd();
+  }
   mnl_socket* socket = mnl_socket_open2(NETLINK_ROUTE, SOCK_CLOEXEC);
   if (socket == nullptr) return config::fail_errno(errno, "rtnetlink socket");
   LocalVips vips(std::move(*locked), socket);
+  vips.warning_ = std::move(warning);
   if (mnl_socket_bind(socket, 0, MNL_SOCKET_AUTOPID) < 0)
     return config::fail_errno(errno, "binding an rtnetlink socket");
 
@@ -208,9 +261,9 @@ Result<LocalVips> LocalVips::open() {
   return vips;
 }
 
-Result<std::vector<VipFailure>> LocalVips::reconcile(std::span<const Address> wanted) {
+Result<std::vector<VipFailure>> LocalVips::reconcile(std::span<const Address> wanted, std::span<const Address> kept) {
   for (int attempt = 1;; ++attempt) {
-    auto failures = try_reconcile(wanted);
+    auto failures = try_reconcile(wanted, kept);
     if (failures || failures.error().code != -ENOBUFS || attempt == attempts) return failures;
     // Answers were lost, since somebody has made receive buffers small. The next look shows what has been done, and one
     // answer always finds room.
@@ -218,7 +271,9 @@ Result<std::vector<VipFailure>> LocalVips::reconcile(std::span<const Address> wa
   }
 }
 
-Result<std::vector<VipFailure>> LocalVips::try_reconcile(std::span<const Address> wanted) {
+Result<std::vector<VipFailure>> LocalVips::try_reconcile(std::span<const Address> wanted,
+                                                         std::span<const Address> kept) {
+  added_ = 0;
   const auto found = routes();
   if (!found) return std::unexpected(found.error());
   std::unordered_set<Address> ours;
@@ -246,10 +301,12 @@ Result<std::vector<VipFailure>> LocalVips::try_reconcile(std::span<const Address
                                            name_of_type(other->second->type), other->second->protocol)});
     }
   }
+  for (const Address& vip : kept) ours.erase(vip);
   const std::vector<Address> stale(ours.begin(), ours.end());
 
   const auto not_added = change(RTM_NEWROUTE, missing);
   if (!not_added) return std::unexpected(not_added.error());
+  added_ = missing.size() - not_added->size();
   const auto not_removed = change(RTM_DELROUTE, stale);
   if (!not_removed) return std::unexpected(not_removed.error());
 

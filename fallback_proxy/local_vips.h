@@ -40,11 +40,13 @@ struct VipFailure {
 class LocalVips {
  public:
   /// -EBUSY: another process of this network namespace has one, and would take our routes for stale ones of its own. To
-  /// hand over, destroy it: the routes stay.
+  /// hand over, destroy it: the routes stay. The process counts when it is root's or this user's own.
   static config::Result<LocalVips> open();
+  /// Who was passed over, in words for the log; empty as a rule.
+  const std::string& warning() const { return warning_; }
 
-  /// Makes `wanted` local, then removes every other route of ours: with none wanted, all. A VIP that this host has
-  /// anyway, as the address of a device, is left as it is.
+  /// Makes `wanted` local, then removes every other route of ours but for those of `kept`, which are not added: with
+  /// neither, all. A VIP that this host has anyway, as the address of a device, is left as it is.
   ///
   /// Returns the VIPs for which that cannot be, each with its reason, for example since another owner has a route for
   /// them; that one is left alone. The others are served. -EPERM, CAP_NET_ADMIN is missing: the message has the VIPs
@@ -53,7 +55,10 @@ class LocalVips {
   ///
   /// Connections to a VIP that ceases to be local freeze: close its listeners, and let its connections end, before.
   /// Takes about 10 us for each change, and 1 us for each VIP.
-  config::Result<std::vector<VipFailure>> reconcile(std::span<const config::Address> wanted);
+  config::Result<std::vector<VipFailure>> reconcile(std::span<const config::Address> wanted,
+                                                    std::span<const config::Address> kept = {});
+  /// How many routes the last reconcile() has added.
+  std::size_t added() const { return added_; }
 
  private:
   /// A route of table local.
@@ -78,7 +83,8 @@ class LocalVips {
 
   LocalVips(config::Fd lock, mnl_socket* socket);
 
-  config::Result<std::vector<VipFailure>> try_reconcile(std::span<const config::Address> wanted);
+  config::Result<std::vector<VipFailure>> try_reconcile(std::span<const config::Address> wanted,
+                                                        std::span<const config::Address> kept);
   config::Result<std::vector<Route>> routes();
   config::Result<void> read_routes(std::uint8_t family, std::vector<Route>& routes);
   config::Result<bool> try_read_routes(std::uint8_t family, std::vector<Route>& routes);
@@ -86,7 +92,9 @@ class LocalVips {
   config::Result<std::size_t> receive();
 
   config::Fd lock_;
+  std::string warning_;
   std::unique_ptr<mnl_socket, Close> socket_;
+  std::size_t added_ = 0;
   std::uint32_t sequence_ = 0;
   std::size_t batch_ = 128;  // requests in one system call; all answers to them wait in the receive buffer
   std::vector<char> buffer_;

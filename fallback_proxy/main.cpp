@@ -10,6 +10,7 @@
 #include <boost/asio/local/stream_protocol.hpp>
 #include <boost/asio/signal_set.hpp>
 #include <boost/program_options.hpp>
+#include <boost/system/system_error.hpp>
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
@@ -18,9 +19,11 @@
 #include <iostream>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
+#include "config/fail.h"
 #include "config/printable.h"
 #include "config/read_config.h"
 #include "config/values.h"
@@ -202,13 +205,14 @@ int serve(const std::string& file, const std::optional<std::string>& control, bo
   auto config = read(file);
   if (!config) return configuration;
   std::signal(SIGPIPE, SIG_IGN);  // splice() into a closed connection has no MSG_NOSIGNAL
-  Program program(file, *config);
+  std::optional<Program> program(std::in_place, file, *config);
   const std::string path = control.value_or(config->engine.control);
-  if (const auto started = program.start(std::move(*config), path, take_over); !started) {
+  if (const auto started = program->start(std::move(*config), path, take_over); !started) {
     spdlog::error("{}", started.error().message);
     return failed;
   }
-  program.run();
+  program->run();
+  program.reset();
   spdlog::info("ended");
   return fine;
 }
@@ -227,6 +231,11 @@ int clean_up() {
   auto vips = LocalVips::open();
   if (!vips) {
     spdlog::error("{}", vips.error().message);
+    return failed;
+  }
+  if (!vips->warning().empty()) {
+    // It may be another user's proxy, and these its routes.
+    spdlog::error("{}; nothing is removed", vips->warning());
     return failed;
   }
   const auto removed = vips->reconcile({});
@@ -269,7 +278,8 @@ int run(int argc, char** argv) {
   if (given.contains("help")) {
     fmt::print(
         "Usage: fallback_proxy --config FILE [--control PATH] [--take-over]\n"
-        "       fallback_proxy --status [--config FILE | --control PATH] [--json]\n\n"
+        "       fallback_proxy --status [--config FILE | --control PATH] [--json]\n"
+        "       fallback_proxy --cleanup\n\n"
         "Serves the VIPs of FILE by a proxy in user space.\n\n");
     std::cout << options
               << "\nSIGHUP reads FILE again. SIGTERM drains and ends; a second one ends at once.\n"
@@ -279,6 +289,11 @@ int run(int argc, char** argv) {
   if (given.contains("version")) {
     fmt::print("fallback_proxy {}\n", CLUSTERIP_VERSION);
     return fine;
+  }
+  // What an unset shell variable leaves.
+  if (given.contains("config") && given["config"].as<std::string>().empty()) {
+    fmt::print(stderr, "fallback_proxy: --config is empty: expected the path of a file\n");
+    return usage;
   }
   if (given.contains("cleanup")) return clean_up();
   std::optional<std::string> control;
@@ -303,6 +318,21 @@ int run(int argc, char** argv) {
   return serve(given["config"].as<std::string>(), control, given["take-over"].as<bool>());
 }
 
+/// A full disk or a closed pipe must not look like success.
+int finish(int code) {
+  std::cout.flush();
+  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0 && std::cout) return code;
+  fmt::print(stderr, "fallback_proxy: {}\n", config::fail_errno(errno, "standard output").error().message);
+  return failed;
+}
+
+int fail(const std::exception& error, int code) {
+  const bool is_limit = code == EMFILE || code == ENFILE;
+  std::fprintf(stderr, "fallback_proxy: %s%s\n", error.what(),
+               is_limit ? ": allow more file descriptors (LimitNOFILE=, ulimit -n)" : "");
+  return failed;
+}
+
 }  // namespace
 }  // namespace userspace
 
@@ -310,9 +340,12 @@ int main(int argc, char** argv) {
   try {
     spdlog::set_default_logger(spdlog::stderr_logger_st("fallback_proxy"));
     spdlog::set_pattern("%Y-%m-%dT%H:%M:%S.%e %l: %v");
-    return userspace::run(argc, argv);
+    return userspace::finish(userspace::run(argc, argv));
+  } catch (const boost::system::system_error& error) {
+    return userspace::fail(error, error.code().value());
+  } catch (const std::system_error& error) {
+    return userspace::fail(error, error.code().value());
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "fallback_proxy: %s\n", error.what());
-    return userspace::failed;
+    return userspace::fail(error, 0);
   }
 }

@@ -2,10 +2,13 @@
 #include "fallback_proxy/proxy.h"
 
 #include <fmt/format.h>
+#include <spdlog/spdlog.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <boost/asio/post.hpp>
 #include <fstream>
 #include <set>
 #include <thread>
@@ -68,6 +71,10 @@ std::int64_t flow_limit(const config::Config& config, std::int64_t descriptors) 
   return std::max<std::int64_t>(limit, 1);
 }
 
+// Between the removal of a route by somebody else and its return: many are removed at once, as a rule.
+constexpr auto first_repair_pause = 100ms;
+constexpr auto longest_repair_pause = 60s;
+
 bool is_udp(const Service& service) { return service.settings().protocol == config::Protocol::udp; }
 
 constexpr const char* other_engine = "wants the engine bpf, and this is the userspace engine";
@@ -78,9 +85,22 @@ bool wants(const config::Service& service, config::EngineMode engine) { return s
 
 class Proxy::Posts {
  public:
+  /// The backends that a service does not have any more.
+  struct Left {
+    std::set<BackendPointer> backends;
+    bool is_reset = false;                 // their connections end
+    std::shared_ptr<const Service> after;  // null: the service has left
+  };
+
+  explicit Posts(const Workers& workers) : workers_(workers) {}
+
   void add(Worker& worker, std::function<void()> function) { functions_[&worker].push_back(std::move(function)); }
+  /// For all workers, behind what every one of them has to do: by then no listener gives a connection away any more
+  /// that knows only the service before.
+  void add(std::shared_ptr<ServiceState> state, Left left) { left_.emplace(std::move(state), std::move(left)); }
 
   ~Posts() {
+    if (!left_.empty()) add_turn();
     for (auto& [worker, list] : functions_) {
       worker->post([functions = std::move(list)] {
         for (const auto& function : functions) function();
@@ -89,15 +109,50 @@ class Proxy::Posts {
   }
 
  private:
+  using AllLeft = std::map<std::shared_ptr<ServiceState>, Left>;
+
+  /// The last worker to come here posts what is for later: that comes behind all that any of them has posted before.
+  void add_turn() {
+    struct Turn {
+      std::atomic<std::size_t> workers;
+      const AllLeft left;
+    };
+    const auto turn = std::make_shared<Turn>(workers_.size(), std::move(left_));
+    for (const auto& worker : workers_) {
+      add(*worker, [turn, &workers = workers_] {
+        if (--turn->workers > 0) return;
+        for (const auto& each : workers) each->post([turn, &worker = *each] { leave(worker, turn->left); });
+      });
+    }
+  }
+
+  static void leave(Worker& worker, const AllLeft& all) {
+    worker.for_each_relay([&](Relay& relay) {
+      const auto found = all.find(relay.service().shared_state());
+      if (found == all.end()) return;
+      const Left& left = found->second;
+      if (left.is_reset && left.backends.contains(relay.shared_backend()))
+        relay.end();
+      else if (left.after)
+        relay.change(left.after);
+    });
+  }
+
+  const Workers& workers_;
   std::map<Worker*, std::vector<std::function<void()>>> functions_;
+  AllLeft left_;
 };
 
 Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
-    : first_(first.userspace),
+    : control_(control),
+      first_(first.userspace),
       admission_(descriptors_to_use(thread_count(first)), flow_limit(first, descriptors_to_use(thread_count(first)))),
       allowed_(std::make_shared<Allowed>(std::span<const std::string>(), own_addresses())),
-      addresses_(control, [this] { allow(); }),
+      addresses_(
+          control, [this] { allow(); }, [this] { route_removed(); }),
       vips_timer_(control),
+      repair_timer_(control),
+      repair_pause_(first_repair_pause),
       leaving_timer_(control),
       drain_timer_(control) {
   const std::size_t threads = thread_count(first);
@@ -114,8 +169,12 @@ Proxy::~Proxy() {
   for (const auto& worker : workers_) worker->stop();
   served_.clear();
   workers_.clear();
-  // Behind the connections, which freeze without their routes. Failing is no matter: the next process sets it right.
-  if (local_vips_) (void)local_vips_->reconcile(predecessor_vips_);
+  // Behind the connections, which freeze without their routes.
+  if (!local_vips_) return;
+  const auto failures = local_vips_->reconcile({}, predecessor_vips_);
+  if (!failures) spdlog::warn("{}", failures.error().message);
+  for (const auto& failure : failures.value_or(std::vector<VipFailure>()))
+    spdlog::warn("vip {}: {}", failure.vip.to_string(), failure.reason);
 }
 
 Problems Proxy::apply(config::Config config) {
@@ -131,12 +190,18 @@ Problems Proxy::apply(config::Config config) {
       continue;
     }
     kept.insert(key);
-    served_[key];
+    const auto [entry, is_new] = served_.try_emplace(key);
+    // A thread that serves must not wait for whoever reads the log.
+    if (is_new) {
+      entry->second.state->report = [this](spdlog::level::level_enum level, std::string line) {
+        boost::asio::post(control_, [level, line = std::move(line)] { spdlog::log(level, "{}", line); });
+      };
+    }
   }
 
   // Routes first, so that binding works; then what is new and what changes; then what leaves. Its VIPs stay local until
   // the last connection has ended: without the route, connections freeze.
-  Posts posts;
+  Posts posts(workers_);
   for (auto& [key, served] : served_) {
     if (kept.contains(key)) continue;
     leaving_.push_back({std::get<config::Address>(key), served.earlier});
@@ -157,7 +222,7 @@ Problems Proxy::apply(config::Config config) {
     const auto entry = next++;
     if (kept.contains(entry->first)) continue;
     close_listener(entry->second, true, posts);
-    reset_leaving(*entry->second.service, nullptr, posts);
+    leave_backends(*entry->second.service, nullptr, posts);
     served_.erase(entry);
   }
   inherited_.clear();
@@ -222,15 +287,18 @@ void Proxy::update(Served& served, std::shared_ptr<const Service> next, Posts& p
   } else {
     open_listener(served, posts);
   }
-  if (before) reset_leaving(*before, served.service.get(), posts);
+  if (before) leave_backends(*before, served.service, posts);
 }
+
+/// Or the address of a device.
+bool Proxy::is_by_route(const config::Address& vip) const { return local_vips_ && !vip_problems_.contains(vip); }
 
 config::Result<config::Fd> Proxy::socket_for(const Service& service) {
   const config::Service& settings = service.settings();
   const auto inherited = inherited_.find({settings.vip, settings.port, settings.protocol});
   if (inherited == inherited_.end()) {
-    const bool is_by_route = local_vips_ && !vip_problems_.contains(settings.vip);
-    return is_udp(service) ? open_udp_socket(settings, is_by_route) : open_listening_socket(settings, is_by_route);
+    const bool by_route = is_by_route(settings.vip);
+    return is_udp(service) ? open_udp_socket(settings, by_route) : open_listening_socket(settings, by_route);
   }
   config::Fd socket = std::move(inherited->second);
   inherited_.erase(inherited);
@@ -251,8 +319,8 @@ void Proxy::open_listener(Served& served, Posts& posts) {
   served.worker = &next_worker();
   try {
     if (is_udp(*served.service)) {
-      served.udp_listener =
-          std::make_shared<UdpListener>(*served.worker, workers_, std::move(*socket), served.service, allowed_);
+      served.udp_listener = std::make_shared<UdpListener>(*served.worker, workers_, std::move(*socket), served.service,
+                                                          is_by_route(served.service->settings().vip), allowed_);
       posts.add(*served.worker, [listener = served.udp_listener] { listener->start(); });
     } else {
       served.listener = std::make_shared<Listener>(*served.worker, workers_, admission_, std::move(*socket),
@@ -283,19 +351,17 @@ void Proxy::close_listener(Served& served, bool accept_queued, Posts& posts) {
   }
 }
 
-/// on_remove = "reset": the connections of backends that `after` does not have end at once.
-void Proxy::reset_leaving(const Service& before, const Service* after, Posts& posts) {
-  if (before.settings().on_remove != config::OnRemove::reset) return;
-  auto leaving = std::make_shared<std::set<BackendPointer>>(before.backends().begin(), before.backends().end());
-  if (after != nullptr) {
-    for (const BackendPointer& backend : after->backends()) leaving->erase(backend);
+/// on_remove = "reset": the connections of backends that `after` does not have end. And one that is still on its way to
+/// a backend tries none of these any more.
+void Proxy::leave_backends(const Service& before, const std::shared_ptr<const Service>& after, Posts& posts) {
+  Posts::Left left{.backends = {before.backends().begin(), before.backends().end()},
+                   .is_reset = before.settings().on_remove == config::OnRemove::reset,
+                   .after = after};
+  if (after) {
+    for (const BackendPointer& backend : after->backends()) left.backends.erase(backend);
   }
-  if (leaving->empty()) return;
-  for (const auto& worker : workers_) {
-    posts.add(*worker, [&worker = *worker, leaving] {
-      worker.reset_relays([&](const Relay& relay) { return leaving->contains(relay.shared_backend()); });
-    });
-  }
+  if (left.backends.empty() || (!left.is_reset && !after)) return;
+  posts.add(before.shared_state(), std::move(left));
 }
 
 Worker& Proxy::next_worker() { return *workers_[next_worker_++ % workers_.size()]; }
@@ -309,11 +375,13 @@ Problems Proxy::make_vips_local() {
     auto opened = LocalVips::open();
     if (!opened) {
       vips_problem_ = opened.error().message;
+      if (opened.error().code == -EBUSY) wait_for_vips(200ms);
       return {vips_problem_};
     }
     local_vips_.emplace(std::move(*opened));
+    if (!local_vips_->warning().empty()) problems.push_back(local_vips_->warning());
   }
-  auto failures = local_vips_->reconcile(vips());
+  auto failures = local_vips_->reconcile(vips_to_serve(), predecessor_vips_);
   if (!failures) {
     vips_problem_ = failures.error().message;
     // One that cannot must not keep another process from it.
@@ -328,7 +396,13 @@ Problems Proxy::make_vips_local() {
 }
 
 std::vector<config::Address> Proxy::vips() const {
-  std::set<config::Address> wanted(predecessor_vips_.begin(), predecessor_vips_.end());
+  std::vector<config::Address> all = vips_to_serve();
+  all.insert(all.end(), predecessor_vips_.begin(), predecessor_vips_.end());
+  return all;
+}
+
+std::vector<config::Address> Proxy::vips_to_serve() const {
+  std::set<config::Address> wanted;
   for (const auto& [key, served] : served_) wanted.insert(std::get<config::Address>(key));
   for (const Leaving& leaving : leaving_) wanted.insert(leaving.vip);
   return {wanted.begin(), wanted.end()};
@@ -349,7 +423,7 @@ void Proxy::watch_leaving() {
 
 void Proxy::allow() {
   allowed_ = std::make_shared<Allowed>(config_.userspace.allow_from, own_addresses());
-  Posts posts;
+  Posts posts(workers_);
   for (const auto& [key, served] : served_) {
     if (served.listener)
       posts.add(*served.worker, [listener = served.listener, allowed = allowed_] { listener->change(allowed); });
@@ -387,17 +461,56 @@ void Proxy::begin_hand_over() {
 
 void Proxy::cancel_hand_over() {
   is_handing_over_ = false;
-  if (has_given_vips_up_) regain_vips();
+  // The process that was to take over may be ending still, and has the routes until then.
+  if (has_given_vips_up_) wait_for_vips(0s);
 }
 
-/// The process that was to take over may be ending still, and has the routes until then.
-void Proxy::regain_vips() {
-  make_vips_local();
-  if (local_vips_) return;
-  vips_timer_.expires_after(100ms);
+/// Makes VIPs local as soon as no other process does, and serves what could not be bound until then.
+void Proxy::wait_for_vips(Clock::duration pause) {
+  vips_timer_.expires_after(pause);
   vips_timer_.async_wait([this](const boost::system::error_code& error) {
-    if (!error && !is_handing_over_) regain_vips();
+    if (error || local_vips_ || is_handing_over_ || is_draining_) return;
+    const Problems problems = make_vips_local();  // waits again
+    if (!local_vips_) return;
+    for (const std::string& problem : problems) spdlog::warn("{}", problem);
+    open_missing_listeners();
   });
+}
+
+/// By us, or by somebody else: then it is added again soon. To whoever removes it again and again it is left for ever
+/// longer.
+void Proxy::route_removed() {
+  if (!local_vips_ || std::exchange(is_repairing_, true)) return;
+  if (Clock::now() - last_repair_ > 2 * longest_repair_pause) repair_pause_ = first_repair_pause;
+  repair_timer_.expires_after(repair_pause_);
+  repair_timer_.async_wait([this](const boost::system::error_code& error) {
+    is_repairing_ = false;
+    if (!error && local_vips_) add_removed_routes();
+  });
+}
+
+void Proxy::add_removed_routes() {
+  const Problems problems = make_vips_local();
+  const std::size_t added = local_vips_ ? local_vips_->added() : 0;
+  if (local_vips_ && added == 0) return;
+  for (const std::string& problem : problems) spdlog::warn("{}", problem);
+  if (added == 0) return;
+  spdlog::warn("somebody else has removed {} local routes of this proxy: added again", added);
+  last_repair_ = Clock::now();
+  repair_pause_ = std::min<Clock::duration>(2 * repair_pause_, longest_repair_pause);
+}
+
+void Proxy::open_missing_listeners() {
+  Posts posts(workers_);
+  for (auto& [key, served] : served_) {
+    if (served.problem.empty()) continue;
+    open_listener(served, posts);
+    const std::string name = config::printable(served.service->settings().name);
+    if (served.problem.empty())
+      spdlog::info("service {}: serving now", name);
+    else
+      spdlog::warn("service {}: {}", name, served.problem);
+  }
 }
 
 std::vector<std::pair<SocketName, int>> Proxy::sockets() const {
@@ -446,6 +559,7 @@ ServiceStatus Proxy::status_of(const config::Service& settings) const {
   const ServiceState& counted = *served.state;
   status.refused = counted.refused.load(std::memory_order_relaxed);
   status.denied = counted.denied.load(std::memory_order_relaxed);
+  status.dropped = counted.dropped.load(std::memory_order_relaxed);
   status.received = counted.received.load(std::memory_order_relaxed);
   status.sent = counted.sent.load(std::memory_order_relaxed);
   const auto now = Clock::now();
@@ -467,7 +581,7 @@ ServiceStatus Proxy::status_of(const config::Service& settings) const {
 void Proxy::drain(std::function<void()> done) {
   is_draining_ = true;
   {
-    Posts posts;
+    Posts posts(workers_);
     for (auto& [key, served] : served_) {
       if (served.udp_listener)
         posts.add(*served.worker, [listener = std::move(served.udp_listener), handed_over = is_handing_over_] {
@@ -492,9 +606,11 @@ void Proxy::wait_for_end(Clock::time_point until, std::function<void()> done) {
   // A predecessor's connections need the routes, which end with this process.
   if (workers_accepting_ == 0 && connections() == 0 && predecessor_vips_.empty()) return done();
   if (Clock::now() >= until) {
+    if (const std::size_t left = connections(); left > 0 && !std::exchange(is_drain_over_, true))
+      spdlog::warn("drain_timeout is over: {} connections are reset", left);
     for (const auto& worker : workers_)
       worker->post([&worker = *worker] {
-        worker.reset_relays([](const Relay&) { return true; });
+        worker.for_each_relay([](Relay& relay) { relay.end(); });
         worker.end_flows();
       });
   }

@@ -93,20 +93,26 @@ class Proxy {
 
   std::shared_ptr<const Service> next_service(const config::Service& settings, Served& served);
   void update(Served& served, std::shared_ptr<const Service> next, Posts& posts);
+  bool is_by_route(const config::Address& vip) const;
   config::Result<config::Fd> socket_for(const Service& service);
   void open_listener(Served& served, Posts& posts);
   void close_listener(Served& served, bool accept_queued, Posts& posts);
-  void reset_leaving(const Service& before, const Service* after, Posts& posts);
+  void leave_backends(const Service& before, const std::shared_ptr<const Service>& after, Posts& posts);
   Worker& next_worker();
+  std::vector<config::Address> vips_to_serve() const;
   Problems make_vips_local();
   Problems late_changes(const config::Userspace& next) const;
-  void regain_vips();
+  void wait_for_vips(Clock::duration pause);
+  void open_missing_listeners();
+  void route_removed();
+  void add_removed_routes();
   ServiceStatus status_of(const config::Service& settings) const;
   void watch_leaving();
   void allow();
   void wait_for_end(Clock::time_point until, std::function<void()> done);
 
   const std::chrono::system_clock::time_point since_ = std::chrono::system_clock::now();
+  boost::asio::io_context& control_;
   const config::Userspace first_;  // some of it holds for good
   config::Config config_;
   Admission admission_;
@@ -118,11 +124,16 @@ class Proxy {
   std::map<config::Address, std::string> vip_problems_;  // why it is not local by our doing
   std::string vips_problem_;                             // the same for all of them
   std::map<SocketName, config::Fd> inherited_;           // and not used yet
-  std::vector<config::Address> predecessor_vips_;
+  std::vector<config::Address> predecessor_vips_;        // that it has made local
   bool is_handing_over_ = false;
   bool has_given_vips_up_ = false;  // with the hand-over
   boost::asio::steady_timer vips_timer_;
+  boost::asio::steady_timer repair_timer_;
+  bool is_repairing_ = false;
+  Clock::duration repair_pause_;
+  Clock::time_point last_repair_;
   bool is_draining_ = false;
+  bool is_drain_over_ = false;
   std::map<SocketName, Served> served_;
   std::vector<Leaving> leaving_;
   boost::asio::steady_timer leaving_timer_;

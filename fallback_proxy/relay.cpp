@@ -146,7 +146,7 @@ int Relay::connect_to(const Backend& backend) {
 void Relay::attempt_failed(int error) {
   backend_->live.fetch_sub(1, std::memory_order_relaxed);
   // No local port left (EADDRNOTAVAIL) counts as well: towards this backend nothing goes, towards another it may.
-  if (!is_shortage(error)) backend_->failed(Clock::now());
+  if (!is_shortage(error)) service_->failed(*backend_, error, Clock::now());
   backend_.reset();
   legs_[backend_side].close();
 }
@@ -162,8 +162,12 @@ void Relay::connect_outcome() {
   try_backends();
 }
 
+void Relay::change(const std::shared_ptr<const Service>& service) {
+  if (phase_ == Phase::connecting) service_ = service;
+}
+
 void Relay::connected() {
-  backend_->connected();
+  service_->reached(*backend_);
   service_->remember(attempt_->client, backend_, worker_.settings().flows);
   phase_ = Phase::open;
   worker_.wait(*this, Worker::Wait::young);

@@ -64,6 +64,8 @@ class Relay : public Waiting, public Listed {
   /// Null while none is chosen.
   const BackendPointer& shared_backend() const { return backend_; }
 
+  /// A reload: what is tried from now on is one of these backends. Nothing, when one has taken the connection.
+  void change(const std::shared_ptr<const Service>& service);
   /// Ends it now: both sides see a reset. It may be gone when this returns.
   void end();
   /// What Worker::wait() was asked to wait for is due.

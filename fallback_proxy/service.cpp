@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #include "fallback_proxy/service.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "balance/hash.h"
 #include "balance/maglev.h"
 #include "balance/round_robin.h"
+#include "config/fail.h"
+#include "config/printable.h"
 
 namespace userspace {
 namespace {
@@ -120,6 +125,25 @@ BackendPointer Service::choose(const SocketAddress& client, std::span<const Back
     }
   }
   return {};
+}
+
+void Service::reached(Backend& backend) const {
+  if (!backend.connected() || !state_->report) return;
+  // A UDP backend may be one that never answers.
+  const bool is_udp = settings_.protocol == config::Protocol::udp;
+  state_->report(spdlog::level::info,
+                 fmt::format("service {}: backend {} {}", config::printable(settings_.name), backend.address.text(),
+                             is_udp ? "does not refuse any more" : "answers again"));
+}
+
+void Service::failed(Backend& backend, int error, Clock::time_point now, Clock::time_point began) const {
+  const auto pause = backend.failed(now, began);
+  if (!pause || !state_->report) return;
+  const std::string what =
+      fmt::format("service {}: backend {} does not answer", config::printable(settings_.name), backend.address.text());
+  state_->report(spdlog::level::warn,
+                 fmt::format("{}; tried again in {} s", config::fail_errno(error, what).error().message,
+                             std::chrono::ceil<std::chrono::seconds>(*pause).count()));
 }
 
 void Service::remember(const SocketAddress& client, const BackendPointer& backend, std::size_t limit) const {

@@ -4,12 +4,16 @@
 // object; connections keep the one that they began with.
 #pragma once
 
+#include <spdlog/common.h>
+
 #include <atomic>
 #include <boost/unordered/unordered_flat_set.hpp>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <random>
 #include <span>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -35,6 +39,8 @@ struct ServiceState {
   std::atomic<std::uint64_t> received = 0;  // bytes from clients
   std::atomic<std::uint64_t> sent = 0;      // bytes to clients
   Affinity affinity;
+  /// A line for the log. Never blocks; set before any thread has the service, or left empty.
+  std::function<void(spdlog::level::level_enum, std::string)> report;
 };
 
 /// Immutable but for what its state and its backends count: used from any thread.
@@ -56,6 +62,12 @@ class Service {
 
   /// Tells affinity that `client` has reached `backend`. `limit`: [limits] flows.
   void remember(const SocketAddress& client, const BackendPointer& backend, std::size_t limit) const;
+
+  // What became of an attempt to reach one of its backends. What is new for an operator is reported.
+
+  void reached(Backend& backend) const;
+  void failed(Backend& backend, int error, Clock::time_point now,
+              Clock::time_point began = Clock::time_point::max()) const;
 
   bool is_active(const Backend& backend) const { return active_set_.contains(&backend); }
 

@@ -45,6 +45,7 @@ std::string to_text(const object& status) {
                        {"LIVE", right},
                        {"REFUSED", right},
                        {"DENIED", right},
+                       {"DROPPED", right},
                        {"RECEIVED", right},
                        {"SENT", right},
                        {"REASON"}});
@@ -78,6 +79,7 @@ std::string to_text(const object& status) {
                   {fmt::to_string(live)},
                   number(service, "refused"),
                   number(service, "denied"),
+                  number(service, "dropped"),
                   number(service, "received"),
                   number(service, "sent"),
                   {text(service, "reason")}});

@@ -36,6 +36,7 @@ boost::json::object to_json(const ServiceStatus& service) {
           {"reason", config::printable(service.reason)},
           {"refused", service.refused},
           {"denied", service.denied},
+          {"dropped", service.dropped},
           {"received", service.received},
           {"sent", service.sent},
           {"backends", std::move(backends)}};

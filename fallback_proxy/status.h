@@ -36,6 +36,7 @@ struct ServiceStatus {
   std::string reason = {};     // why not; or what is wrong although it serves
   std::uint64_t refused = 0;   // connections that no backend took
   std::uint64_t denied = 0;    // connections from addresses that are not served
+  std::uint64_t dropped = 0;   // datagrams for which there was no room
   std::uint64_t received = 0;  // bytes from clients
   std::uint64_t sent = 0;      // bytes to clients
   std::vector<BackendStatus> backends = {};

@@ -21,6 +21,9 @@ constexpr int rounds = 4;
 // What clients may send while the thread does something else. The kernel takes the memory only for what is queued.
 constexpr int receive_buffer = 1024 * 1024;
 
+// The kernel makes it the first device of each network namespace.
+constexpr unsigned loopback = 1;
+
 // Of descriptors, of memory, or (EAGAIN) of local ports: no other backend would change that.
 bool is_shortage(int error) {
   return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM || error == EAGAIN;
@@ -60,13 +63,17 @@ std::size_t UdpListener::Hash::operator()(const UdpClient& client) const {
 }
 
 UdpListener::UdpListener(Worker& worker, const Workers& workers, config::Fd socket,
-                         std::shared_ptr<const Service> service, AllowedPointer allowed)
+                         std::shared_ptr<const Service> service, bool is_by_route, AllowedPointer allowed)
     : worker_(worker),
       workers_(workers),
       socket_(worker.io()),
       service_(std::move(service)),
       allowed_(std::move(allowed)),
+      knows_devices_(is_by_route && service_->settings().vip.is_v6()),
       flows_(0, Hash{std::uint64_t{std::random_device{}()} << 32 | std::random_device{}()}) {
+  // Said of an inherited socket as well.
+  const int on = 1;
+  if (knows_devices_) ::setsockopt(socket.get(), IPPROTO_IPV6, IPV6_RECVPKTINFO, &on, sizeof on);
   socket_.assign(socket.get());
   socket.release();
 }
@@ -88,13 +95,29 @@ void UdpListener::receive() {
     for (std::size_t begin = 0; begin < count;) {
       // What one client has sent in a row travels on together.
       std::size_t end = begin + 1;
-      while (end < count && datagrams.source(end) == datagrams.source(begin)) ++end;
-      pass_on(begin, end, now);
+      while (end < count && datagrams.source(end) == datagrams.source(begin) &&
+             datagrams.device(end) == datagrams.device(begin))
+        ++end;
+      if (is_forged(begin))
+        add(service_->state().denied, end - begin);
+      else
+        pass_on(begin, end, now);
       begin = end;
     }
     if (count < Datagrams::most) break;
   }
   if (socket_.is_open()) wait();
+}
+
+/// It names an address of this host as its source, and has come from the network. Over IPv4 the kernel drops that. To a
+/// VIP that is the address of a device, even this host's own datagrams seem to come in by that device.
+bool UdpListener::is_forged(std::size_t index) const {
+  if (!knows_devices_) return false;
+  const unsigned device = worker_.datagrams().device(index);
+  if (device == 0 || device == loopback) return false;
+  const config::Service& settings = service_->settings();
+  return allowed_->is_own(worker_.datagrams().source(index).socket_address()) &&
+         !allowed_->is_own(SocketAddress(settings.vip, settings.port));
 }
 
 void UdpListener::pass_on(std::size_t begin, std::size_t end, Clock::time_point now) {
@@ -153,8 +176,9 @@ Flow* UdpListener::reach_backend(const UdpClient& from, const SocketAddress& cli
       flow->start(now);
       return flow.get();
     }
-    if (is_shortage(errno)) break;
-    backend->failed(now);
+    const int error = errno;
+    if (is_shortage(error)) break;
+    service_->failed(*backend, error, now);
     tried.push_back(std::move(backend));
   }
   return nullptr;

@@ -30,7 +30,7 @@ config::Result<config::Fd> open_udp_socket(const config::Service& service, bool 
 class UdpListener : public std::enable_shared_from_this<UdpListener> {
  public:
   UdpListener(Worker& worker, const Workers& workers, config::Fd socket, std::shared_ptr<const Service> service,
-              AllowedPointer allowed);
+              bool is_by_route, AllowedPointer allowed);
 
   void start() { wait(); }
   int socket() { return socket_.native_handle(); }
@@ -46,6 +46,7 @@ class UdpListener : public std::enable_shared_from_this<UdpListener> {
 
   // For its flows.
 
+  const Service& service() const { return *service_; }
   void count_received(const Datagrams::Sent& sent);
   /// Passes the worker's first `count` datagrams on to the client.
   void reply(std::size_t count, const UdpClient& client);
@@ -61,6 +62,7 @@ class UdpListener : public std::enable_shared_from_this<UdpListener> {
 
   void wait();
   void receive();
+  bool is_forged(std::size_t index) const;
   void pass_on(std::size_t begin, std::size_t end, Clock::time_point now);
   Flow* find(const UdpClient& client) const;
   Flow* begin_flow(const UdpClient& from, std::size_t count, Clock::time_point now);
@@ -75,6 +77,7 @@ class UdpListener : public std::enable_shared_from_this<UdpListener> {
   boost::asio::posix::basic_stream_descriptor<boost::asio::io_context::executor_type> socket_;
   std::shared_ptr<const Service> service_;
   AllowedPointer allowed_;
+  const bool knows_devices_;  // by which datagrams come in
   boost::unordered_flat_map<UdpClient, Flow*, Hash> flows_;
   bool is_draining_ = false;
   bool is_handed_over_ = false;

@@ -147,11 +147,8 @@ void Worker::has_room() {
   if (!paused_.empty()) resume_accepting();
 }
 
-void Worker::reset_relays(const std::function<bool(const Relay&)>& which) {
-  for (auto next = relays_.begin(); next != relays_.end();) {
-    Relay& relay = *next++;  // it may be gone with end()
-    if (which(relay)) relay.end();
-  }
+void Worker::for_each_relay(const std::function<void(Relay&)>& function) {
+  for (auto next = relays_.begin(); next != relays_.end();) function(*next++);
 }
 
 bool Worker::release_reserve() {

@@ -78,8 +78,8 @@ class Worker {
   /// Calls relay.expire() once the time is over, unless it is told to wait for something else before.
   void wait(Relay& relay, Wait what);
 
-  /// Resets those connections for which `which` says so.
-  void reset_relays(const std::function<bool(const Relay&)>& which);
+  /// `function` may end the one that it is given.
+  void for_each_relay(const std::function<void(Relay&)>& function);
 
   Datagrams& datagrams();
   /// A place for a UDP flow: a free one, or that of this thread's flow which has been idle for longest. False when this

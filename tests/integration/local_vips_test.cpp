@@ -9,16 +9,19 @@
 #include <poll.h>
 #include <sched.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstddef>
 #include <cstdlib>
 #include <optional>
 #include <set>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "tests/support/client.h"
@@ -173,6 +176,16 @@ TEST_F(VipRoutes, RemovesWhatIsNoLongerWantedAndTakesBackWhatIsWantedAgain) {
   EXPECT_THAT(our_routes(), IsEmpty());
 }
 
+TEST_F(VipRoutes, KeepsWhatItIsAskedToKeepAndAddsNoneOfThat) {
+  LocalVips vips = open_vips();
+  ASSERT_THAT(reconcile(vips, addresses({"10.96.0.10", "10.96.0.11"})), IsEmpty());
+  const auto kept = addresses({"10.96.0.11", "10.96.0.13"});
+  const auto failures = vips.reconcile(addresses({"10.96.0.12"}), kept);
+  ASSERT_TRUE(failures);
+  EXPECT_THAT(*failures, IsEmpty());
+  EXPECT_THAT(our_routes(), ElementsAre(route("10.96.0.11"), route("10.96.0.12")));
+}
+
 TEST_F(VipRoutes, SetsRightWhatAKilledProcessLeft) {
   support::Child victim([](const support::Channel& channel) {
     LocalVips vips = open_vips();
@@ -192,6 +205,8 @@ TEST_F(VipRoutes, SetsRightWhatAKilledProcessLeft) {
 
 TEST_F(VipRoutes, LeavesTheAddressOfADeviceAsItIs) {
   shell("ip addr add 10.96.0.10/32 dev lo; ip addr add fd00:96::10/128 dev lo nodad");
+  // The kernel adds the route of an IPv6 address a moment later.
+  ASSERT_TRUE(support::eventually([] { return other_routes().find("local fd00:96::10") != std::string::npos; }));
   const std::string before = other_routes();
   LocalVips vips = open_vips();
   EXPECT_THAT(reconcile(vips, addresses({"10.96.0.10", "fd00:96::10", "10.96.0.11"})), IsEmpty());
@@ -342,6 +357,30 @@ TEST_F(VipRoutes, RefusesASecondOneInTheNetworkNamespace) {
   first.reset();
   EXPECT_THAT(our_routes(), ElementsAre(route("10.96.0.10")));
   EXPECT_TRUE(LocalVips::open());
+}
+
+TEST_F(VipRoutes, PassesOverAnotherUserWhoHoldsTheLock) {
+  support::Child squatter([](const support::Channel& channel) {
+    checked(::setresuid(65534, 65534, 65534), "setresuid");
+    const Fd socket(checked(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0), "socket"));
+    sockaddr_un address{.sun_family = AF_UNIX, .sun_path = {}};
+    constexpr std::string_view name{"\0clusterip/local_vips", 21};
+    name.copy(address.sun_path, name.size());
+    const auto length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + name.size());
+    checked(::bind(socket.get(), reinterpret_cast<const sockaddr*>(&address), length), "bind");
+    channel.tell('b');
+    channel.hear();
+  });
+  ASSERT_EQ(squatter.channel().hear(), 'b');
+  LocalVips vips = open_vips();
+  EXPECT_THAT(vips.warning(), HasSubstr("user 65534 holds @clusterip/local_vips"));
+  EXPECT_THAT(reconcile(vips, addresses({"10.96.0.10"})), IsEmpty());
+  EXPECT_THAT(our_routes(), ElementsAre(route("10.96.0.10")));
+  // It may be that user's proxy.
+  const auto cleanup = support::run({CLUSTERIP_FALLBACK_PROXY, "--cleanup"});
+  EXPECT_EQ(cleanup.exit_code, 1);
+  EXPECT_THAT(cleanup.err, HasSubstr("user 65534 holds @clusterip/local_vips"));
+  EXPECT_THAT(our_routes(), ElementsAre(route("10.96.0.10")));
 }
 
 /// How many of so many clients of a port where nobody listens were connected, and be it to themselves.

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <sstream>
 
+#include "fallback_proxy/local_vips.h"
 #include "tests/proxy/proxied.h"
 
 namespace {
@@ -103,6 +104,41 @@ TEST_F(Clients, ReachVipsThatTheProxyMakesLocal) {
   }
   EXPECT_EQ(run({"ip", "route", "show", "table", "local", "proto", "96"}).out, "");
   EXPECT_EQ(run({"ip", "-6", "route", "show", "table", "local", "proto", "96"}).out, "");
+}
+
+TEST_F(Clients, ReachVipsWhoseRoutesSomebodyHasRemoved) {
+  const NamedServer one("one");
+  FallbackProxy proxy(proxy_toml({{"web", "10.96.0.1", 80, {backend(one)}}, {"more", "10.96.0.2", 80, {backend(one)}}},
+                                 {.local_vips = true}));
+  EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one"));
+  ip("route flush table local proto 96");
+  proxy.wait_for_log("warning: somebody else has removed 2 local routes of this proxy: added again\n");
+  EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one"));
+  ip("route del local 10.96.0.2 dev lo table local proto 96");
+  proxy.wait_for_log("warning: somebody else has removed 1 local routes of this proxy: added again\n");
+  EXPECT_EQ(ask("10.96.0.2", 80), answered_by("one"));
+  // Its own changes are none of somebody else.
+  proxy.reload(proxy_toml({{"web", "10.96.0.1", 80, {backend(one)}}}, {.local_vips = true}));
+  EXPECT_TRUE(eventually([] { return ask("10.96.0.2", 80) == refused_with(ENETUNREACH); }));
+  const std::string log = proxy.terminate().err;
+  EXPECT_EQ(log.find("somebody", log.find("somebody else has removed 1") + 1), std::string::npos) << log;
+}
+
+TEST_F(Clients, ReachVipsOnceNoOtherProcessMakesVipsLocal) {
+  const NamedServer one("one");
+  Child other([](const Channel& channel) {
+    const auto vips = userspace::LocalVips::open();
+    channel.tell(vips ? 'o' : 'f');
+    channel.hear();
+  });
+  ASSERT_EQ(other.channel().hear(), 'o');
+  FallbackProxy proxy(proxy_toml({{"web", "10.96.0.1", 80, {backend(one)}}}, {.local_vips = true}));
+  EXPECT_EQ(ask("10.96.0.1", 80), refused_with(ENETUNREACH));
+  other.kill();
+  other.wait();
+  proxy.wait_for_log("service web: serving now");
+  EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one"));
+  EXPECT_EQ(proxy.terminate().exit_code, 0);
 }
 
 TEST_F(Clients, OverIpv6ReachIpv6Backends) {

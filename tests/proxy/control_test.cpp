@@ -157,6 +157,7 @@ TEST_F(Control, StatusTellsWhatIsServedAndWhatIsNotAndWhy) {
   EXPECT_EQ(web.at("reason"), "");
   EXPECT_EQ(number(web, "refused"), 0u);
   EXPECT_EQ(number(web, "denied"), 0u);
+  EXPECT_EQ(number(web, "dropped"), 0u);
   EXPECT_EQ(number(web, "received"), 0u);
   EXPECT_EQ(number(web, "sent"), 2 * std::string("one").size());
   const auto& backends = web.at("backends").as_array();
@@ -199,12 +200,27 @@ TEST_F(Control, StatusIsShownAsATableOrAsJson) {
   EXPECT_EQ(json.exit_code, fine) << json.err;
   EXPECT_EQ(boost::json::parse(json.out).at("services").as_array().size(), 2u);
 
+  const Finished full =
+      run({"sh", "-c", "exec \"$0\" --status --control \"$1\" > /dev/full", CLUSTERIP_FALLBACK_PROXY, control});
+  EXPECT_EQ(full.exit_code, failed);
+  EXPECT_EQ(full.err, "fallback_proxy: standard output: No space left on device\n");
+
   proxy.terminate();
   const Finished nobody = fallback_proxy({"--status", "--control", control});
   EXPECT_EQ(nobody.exit_code, failed);
   EXPECT_EQ(nobody.out, "");
   EXPECT_EQ(lines(nobody.err), 1) << nobody.err;
   EXPECT_EQ(fallback_proxy({"--status", "--control", "relative"}).exit_code, usage);
+}
+
+TEST_F(Control, NamesAllThatTheProgramDoesAndAnEmptyPath) {
+  const Finished help = fallback_proxy({"--help"});
+  EXPECT_EQ(help.exit_code, fine);
+  for (const char* form : {"fallback_proxy --config", "fallback_proxy --status", "fallback_proxy --cleanup"})
+    EXPECT_TRUE(contains(help.out, form)) << help.out;
+  const Finished empty = fallback_proxy({"--config", ""});
+  EXPECT_EQ(empty.exit_code, usage);
+  EXPECT_EQ(empty.err, "fallback_proxy: --config is empty: expected the path of a file\n");
 }
 
 }  // namespace

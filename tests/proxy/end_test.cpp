@@ -49,7 +49,10 @@ TEST_F(End, ResetsWhatIsLeftAfterTheDrainTimeout) {
   EXPECT_EQ(end_of(client), ECONNRESET);
   EXPECT_EQ(end_of(server), ECONNRESET);
   EXPECT_GE(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(200));
-  EXPECT_EQ(proxy.wait().exit_code, 0);
+  const Finished finished = proxy.wait();
+  EXPECT_EQ(finished.exit_code, 0);
+  EXPECT_NE(finished.err.find("warning: drain_timeout is over: 1 connections are reset\n"), std::string::npos)
+      << finished.err;
 }
 
 TEST_F(End, ComesAtOnceWithASecondSignal) {
@@ -69,6 +72,22 @@ TEST_F(End, ComesAtOnceWithASecondSignal) {
     EXPECT_EQ(end_of(client), ECONNRESET);
     EXPECT_EQ(end_of(server), ECONNRESET);
   }
+}
+
+TEST_F(End, NamesTheRoutesThatItCannotRemove) {
+  const NamedServer one("one");
+  const std::string text = proxy_toml({{"web", "10.96.0.1", 8080, {backend(one)}}}, {.local_vips = true});
+  FallbackProxy(text).kill();
+  // The route is there, so it takes no right to serve.
+  FallbackProxy proxy(text, drop_capabilities);
+  EXPECT_EQ(ask("10.96.0.1", 8080), answered_by("one"));
+  const Finished finished = proxy.terminate();
+  EXPECT_EQ(finished.exit_code, 0);
+  EXPECT_TRUE(finished.err.ends_with("info: ended\n")) << finished.err;
+  EXPECT_NE(finished.err.find("warning: removing local routes takes CAP_NET_ADMIN; not removed: 10.96.0.1\n"),
+            std::string::npos)
+      << finished.err;
+  EXPECT_EQ(run({CLUSTERIP_FALLBACK_PROXY, "--cleanup"}).exit_code, 0);
 }
 
 TEST_F(End, ServesWhatWasQueued) {

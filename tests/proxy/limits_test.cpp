@@ -147,6 +147,20 @@ TEST_F(Limits, TheSoftLimitIsRaisedToTheHardOne) {
   EXPECT_GT(proxy.open_files(), 200U);
 }
 
+TEST_F(Limits, TooFewDescriptorsToBeginWithAreNamed) {
+  const FallbackProxy::Files files;
+  files.write(proxy_toml({}));
+  Process proxy({CLUSTERIP_FALLBACK_PROXY, "--config", files.config()}, nullptr, [] {
+    const rlimit few{12, 12};
+    checked(::setrlimit(RLIMIT_NOFILE, &few), "RLIMIT_NOFILE");
+  });
+  const Finished finished = proxy.wait();
+  EXPECT_EQ(finished.exit_code, 1);
+  EXPECT_NE(finished.err.find(": allow more file descriptors (LimitNOFILE=, ulimit -n)\n"),
+            std::string::npos)
+      << finished.err;
+}
+
 TEST_F(Limits, ClientsWaitWhileTheProcessHasNoDescriptors) {
   const NamedServer one("one");
   FallbackProxy proxy(proxy_toml({web({backend(one)})}));

@@ -3,12 +3,15 @@
 // A reload changes what is served, in place.
 #include <fmt/format.h>
 #include <signal.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <map>
 
-#include "tests/proxy/proxied.h"
+#include "tests/proxy/control.h"
 
 namespace {
 
@@ -71,6 +74,17 @@ TEST_F(ProxyReload, AMistakeChangesNothingAndIsShown) {
   // A file that is no TOML at all.
   EXPECT_NE(proxy.reload("[[service\n").find("goes on serving"), std::string::npos);
   EXPECT_EQ(ask(vip, vip_port), answered_by("one"));
+}
+
+TEST_F(ProxyReload, AFifoInPlaceOfTheFileHoldsNothingUp) {
+  const NamedServer one("one");
+  FallbackProxy proxy(proxy_toml({web({backend(one)})}));
+  ASSERT_EQ(::unlink(proxy.files()->config().c_str()), 0);
+  ASSERT_EQ(::mkfifo(proxy.files()->config().c_str(), 0600), 0);
+  proxy.signal(SIGHUP);
+  EXPECT_NE(proxy.wait_for_log("goes on serving").find("a pipe, and nobody writes to it"), std::string::npos);
+  EXPECT_EQ(ask(vip, vip_port), answered_by("one"));
+  EXPECT_EQ(proxy.terminate().exit_code, 0);
 }
 
 TEST_F(ProxyReload, ServicesComeAndGo) {
@@ -161,6 +175,56 @@ TEST_F(ProxyReload, ResetReachesConnectionsThatAnEarlierReloadHasLeft) {
   expect_alive(connection);
   proxy.reload(proxy_toml({web({staying.backend()}, more)}));
   EXPECT_EQ(end_of(connection.client), ECONNRESET);
+}
+
+// Also those that the listener had just given to another thread, when that one had already reset what it had.
+TEST_F(ProxyReload, ResetReachesConnectionsThatBeginMeanwhile) {
+  raise_descriptor_limit();
+  const TcpListener leaving, staying;
+  const std::string more = "on_remove = \"reset\"\n";
+  const std::string before = proxy_toml({web({leaving.backend()}, more)}, {.threads = 4});
+  const std::string after = proxy_toml({web({staying.backend()}, more)}, {.threads = 4});
+  FallbackProxy proxy(before);
+  for (int round = 0; round < 30; ++round) {
+    std::atomic<bool> is_over = false;
+    std::vector<Fd> clients[2];
+    const auto dial_until_over = [&](std::vector<Fd>& to) {
+      return meanwhile([&] {
+        while (!is_over && to.size() < 2000) to.push_back(dial(vip, vip_port));
+      });
+    };
+    auto one = dial_until_over(clients[0]);
+    auto other = dial_until_over(clients[1]);
+    ASSERT_TRUE(is_readable(leaving.get(), 5000));
+    proxy.reload(after);
+    ASSERT_TRUE(is_readable(staying.get(), 5000));
+    is_over = true;
+    one.get();
+    other.get();
+    // A client of the round before may have ended in order.
+    while (is_readable(leaving.get())) ASSERT_NE(end_of(leaving.accept()), EAGAIN) << "it lives on";
+    for (auto& each : clients) each.clear();
+    ASSERT_TRUE(eventually([&] {
+      while (is_readable(staying.get())) staying.accept();
+      return number(status(*proxy.files()), "connections") == 0;
+    }));
+    proxy.reload(before);
+  }
+}
+
+TEST_F(ProxyReload, AConnectionOnItsWayTriesNoBackendThatHasLeft) {
+  // Takes one connection into its queue and answers no other.
+  const TcpListener silent("127.0.0.1", 0, 0);
+  const Fd queued = dial("127.0.0.1", silent.port());
+  const TcpListener leaving, staying;
+  const Userspace settings{.connect_timeout = "1s"};
+  FallbackProxy proxy(proxy_toml({web({silent.backend(60000), leaving.backend()})}, settings));
+  const Fd client = dial(vip, vip_port);
+  ASSERT_TRUE(eventually([&] { return number(status(*proxy.files()), "connections") == 1; }));
+  proxy.reload(proxy_toml({web({silent.backend(60000), staying.backend()})}, settings));
+  const Fd server = staying.accept();
+  send_all(server, "staying");
+  EXPECT_EQ(receive(client, 7), "staying");
 }
 
 TEST_F(ProxyReload, WhatIsQueuedWhenAServiceLeavesIsServed) {

@@ -182,6 +182,24 @@ TEST_F(Retry, UsesABackendAgainThatHasComeBack) {
   }));
 }
 
+TEST_F(Retry, ABackendThatDiesAndComesBackIsLoggedOnce) {
+  const NamedServer alive("alive");
+  FallbackProxy proxy(proxy_toml({web({closed(7001, 60000), backend(alive)})}));
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(ask(vip, vip_port), answered_by("alive"));
+  proxy.wait_for_log(
+      "warning: service web: backend 127.0.0.1:7001 does not answer: Connection refused; tried again in 1 s\n");
+  const TcpListener back("127.0.0.1", 7001);
+  ASSERT_TRUE(eventually([&] {
+    reset(dial(vip, vip_port));
+    return is_readable(back.get(), 1);
+  }));
+  proxy.wait_for_log("info: service web: backend 127.0.0.1:7001 answers again\n");
+  for (int i = 0; i < 20; ++i) reset(dial(vip, vip_port));
+  const std::string log = proxy.terminate().err;
+  EXPECT_EQ(log.find("backend", log.find("backend 127.0.0.1:7001 answers again") + 1), std::string::npos) << log;
+  EXPECT_EQ(log.find("does not answer"), log.rfind("does not answer")) << log;
+}
+
 /// What a process does that answers with a name until it is killed.
 std::function<void(const Channel&)> server(const std::string& name, std::uint16_t port) {
   return [name, port](const Channel& channel) {

@@ -16,7 +16,7 @@
 #include <set>
 #include <sstream>
 
-#include "tests/proxy/proxied.h"
+#include "tests/proxy/control.h"
 
 namespace {
 
@@ -404,6 +404,7 @@ TEST_F(Udp, ABackendThatRefusesOnceIsLeftAloneForAWhile) {
 TEST_F(Udp, ABackendThatIsBackIsUsedAgain) {
   auto one = std::make_unique<UdpSocket>();
   const Backend address = one->backend();
+  const std::string address_text = fmt::format("backend 127.0.0.1:{}", address.port);
   FallbackProxy proxy(proxy_toml({udp({address})}));
   const std::size_t before = proxy.open_files();
   const UdpSocket client;
@@ -413,9 +414,13 @@ TEST_F(Udp, ABackendThatIsBackIsUsedAgain) {
   client.send_to(vip, port, "refused");
   EXPECT_TRUE(eventually([&] { return proxy.open_files() == before; }));
   const UdpSocket again("127.0.0.1", address.port);
+  proxy.wait_for_log(address_text + " does not answer: Connection refused; tried again in 1 s\n");
   // It is the only one, so it is tried although it is marked.
   client.send_to(vip, port, "!");
-  EXPECT_EQ(again.receive().bytes, "!");
+  const Datagram question = again.receive();
+  EXPECT_EQ(question.bytes, "!");
+  again.answer(question, "back");
+  proxy.wait_for_log(address_text + " does not refuse any more\n");
 }
 
 /// The local ports of this network namespace, while it lives.
@@ -560,6 +565,54 @@ TEST_F(Udp, ClientsOfOtherHostsAreDeniedUnlessAllowed) {
     return true;
   }));
   EXPECT_EQ(letter, "c");
+}
+
+// Over IPv4, the kernel drops what comes from the network in the name of this host.
+TEST_F(Udp, NobodyElseIsBelievedToBeThisHostOverIpv6) {
+  Child neighbour([](const Channel& channel) {
+    checked(::unshare(CLONE_NEWNET), "unshare");
+    channel.tell('u');
+    channel.hear();
+    for (const char* arguments :
+         {"link set lo up", "addr add fd00:98::1/128 dev lo", "addr add fd00:99::2/64 dev cable1 nodad",
+          "link set cable1 up", "route add fd00:96::10 via fd00:99::1"})
+      ip(arguments);
+    if (!eventually([] { return arrives("fd00:99::2"); })) throw std::runtime_error("no fd00:99::2");
+    const UdpSocket forger("fd00:98::1"), honest("fd00:99::2");
+    channel.tell('r');
+    for (;;) {
+      channel.hear();
+      forger.send_to("fd00:96::10", port, "forged");
+      honest.send_to("fd00:96::10", port, "honest");
+      channel.tell('s');
+    }
+  });
+  neighbour.channel().hear();
+  ip("link add cable0 type veth peer name cable1 netns " + std::to_string(neighbour.pid()));
+  ip("addr add fd00:99::1/64 dev cable0 nodad");
+  ip("addr add fd00:98::1/128 dev cable0 nodad");
+  ip("link set cable0 up");
+  neighbour.channel().tell('g');
+  neighbour.channel().hear();
+  ASSERT_TRUE(eventually([] { return arrives("fd00:99::1") && arrives("fd00:98::1"); }));
+
+  const UdpSocket server("::1");
+  Service exposed = udp({server.backend()});
+  exposed.vip = "fd00:96::10";
+  FallbackProxy proxy(proxy_toml({exposed}, {.local_vips = true, .allow_from = {"fd00:99::/64"}}));
+  const auto denied = [&] { return number(status(*proxy.files()).at("services").at(0).as_object(), "denied"); };
+  std::set<std::string> heard;
+  EXPECT_TRUE(eventually([&] {
+    neighbour.channel().tell('g');
+    neighbour.channel().hear();
+    while (is_readable(server.get(), 100)) heard.insert(server.receive().bytes);
+    return !heard.empty() && denied() > 0;
+  }));
+  EXPECT_EQ(heard, std::set<std::string>{"honest"});
+  // From itself, it is.
+  UdpSocket("fd00:98::1").send_to("fd00:96::10", port, "own");
+  EXPECT_EQ(server.receive().bytes, "own");
+  run({"ip", "link", "del", "cable0"});
 }
 
 // --- the end --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
 // A process that takes over what another one serves: no connection is refused or reset, whatever becomes of it.
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <signal.h>
 #include <sys/resource.h>
@@ -15,6 +16,7 @@
 
 #include "fallback_proxy/hand_over.h"
 #include "tests/proxy/control.h"
+#include "tests/support/udp.h"
 
 namespace {
 
@@ -240,6 +242,69 @@ TEST_F(Upgrade, UnknownVersionOfTheProtocolLeavesTheOldOneServing) {
   EXPECT_EQ(answer.error().message,
             fmt::format("pid {}: it speaks version 1 of the hand-over, not version 99", old.pid()));
   EXPECT_EQ(ask(vip, 80), answered_by("one"));
+}
+
+/// A process that would hand over, in the test's own hands.
+class Predecessor {
+ public:
+  explicit Predecessor(const FallbackProxy::Files& files)
+      : control_(checked(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket")) {
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    files.control().copy(address.sun_path, sizeof address.sun_path - 1);
+    checked(::bind(control_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), "bind");
+    checked(::listen(control_.get(), 1), "listen");
+  }
+
+  /// What a process says that is offered this; `control`: instead of the right one.
+  std::string refusal_of(const FallbackProxy::Files& files, const userspace::Offer& offer, int control = -1) const {
+    Process next({CLUSTERIP_FALLBACK_PROXY, "--config", files.config(), "--take-over"});
+    const Fd connection(checked(::accept4(control_.get(), nullptr, nullptr, SOCK_CLOEXEC), "accept"));
+    for (const auto& message : userspace::messages(offer, control < 0 ? control_.get() : control, "0")) {
+      // It may have ended before it has heard all.
+      if (userspace::send_with_descriptors(connection.get(), message.line, message.descriptors) < 0) break;
+    }
+    const Finished ended = next.wait();
+    EXPECT_EQ(ended.exit_code, failed);
+    EXPECT_EQ(lines(ended.err), 1) << ended.err;
+    return ended.err;
+  }
+
+ private:
+  Fd control_;
+};
+
+TEST_F(Upgrade, RefusesDescriptorsThatAreNotWhatTheirLineSays) {
+  const NamedServer one("one");
+  const auto files = std::make_shared<FallbackProxy::Files>();
+  files->write(proxy_toml({{"web", vip, 80, {backend(one)}}}));
+  const Predecessor old(*files);
+  const auto name = [](const std::string& address, std::uint16_t port, config::Protocol protocol) {
+    return userspace::SocketName{boost::asio::ip::make_address(address), port, protocol};
+  };
+  using enum config::Protocol;
+  const TcpListener listener;
+  const UdpSocket datagrams;
+  const Fd client = dial("127.0.0.1", listener.port());
+  const Fd file(checked(::open("/dev/null", O_RDONLY | O_CLOEXEC), "/dev/null"));
+  const std::pair<userspace::SocketName, int> wrong[] = {
+      {name("127.0.0.2", listener.port(), tcp), listener.get()},
+      {name("127.0.0.1", 80, tcp), listener.get()},
+      {name("127.0.0.1", listener.port(), udp), listener.get()},
+      {name("127.0.0.1", datagrams.port(), tcp), datagrams.get()},
+      {name("127.0.0.1", own_port(client), tcp), client.get()},
+      {name("127.0.0.1", 80, tcp), file.get()},
+  };
+  for (const auto& each : wrong) {
+    const std::string refusal = old.refusal_of(*files, {.sockets = {each}, .vips = {}});
+    EXPECT_TRUE(contains(refusal, "has handed over what is not the socket of {\"vip\":\"127.0.0.")) << refusal;
+  }
+  const std::string refusal = old.refusal_of(*files, {.sockets = {}, .vips = {}}, listener.get());
+  EXPECT_TRUE(contains(refusal, "has handed over what is not its control socket")) << refusal;
+  for (const char* address : {"0.0.0.0", "::", "224.0.0.1", "255.255.255.255"}) {
+    const std::string why = old.refusal_of(*files, {.sockets = {}, .vips = {boost::asio::ip::make_address(address)}});
+    EXPECT_TRUE(contains(why, fmt::format("has handed over what is not a VIP: {}", address))) << why;
+  }
 }
 
 TEST_F(Upgrade, RefusesAPredecessorOfAnotherVersion) {

@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: BSD-2-Clause
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -617,11 +622,69 @@ TEST(ReadFile, NamesThePathAndTheReason) {
   EXPECT_EQ(directory.error().code, -EISDIR);
 }
 
-TEST(ReadFile, StopsReadingWhatNeverEnds) {
+TEST(ReadFile, TakesNoDevice) {
   const auto endless = read_file("/dev/zero");
   ASSERT_FALSE(endless);
+  EXPECT_EQ(endless.error().message, "/dev/zero: expected a file or a pipe");
+}
+
+/// A FIFO, as long as this lives.
+class Fifo {
+ public:
+  Fifo() {
+    EXPECT_NE(::mkdtemp(directory_.data()), nullptr);
+    EXPECT_EQ(::mkfifo(path().c_str(), 0600), 0);
+  }
+  ~Fifo() {
+    ::unlink(path().c_str());
+    ::rmdir(directory_.c_str());
+  }
+  Fifo(const Fifo&) = delete;
+  Fifo& operator=(const Fifo&) = delete;
+
+  std::string path() const { return directory_ + "/fifo"; }
+
+ private:
+  std::string directory_ = testing::TempDir() + "clusterip-XXXXXX";
+};
+
+TEST(ReadFile, DoesNotWaitForSomebodyToWriteToAPipe) {
+  const Fifo fifo;
+  const auto nobody = read_file(fifo.path());
+  ASSERT_FALSE(nobody);
+  EXPECT_EQ(nobody.error().message, fifo.path() + ": a pipe, and nobody writes to it");
+}
+
+TEST(ReadFile, ReadsAPipeToItsEnd) {
+  const std::string text(1 << 20, '#');  // more than a pipe holds
+  int ends[2];
+  ASSERT_EQ(::pipe2(ends, O_CLOEXEC), 0);
+  std::thread writer([&] {
+    for (std::size_t sent = 0; sent < text.size();) {
+      const ssize_t more = ::write(ends[1], text.data() + sent, text.size() - sent);
+      if (more <= 0) break;
+      sent += static_cast<std::size_t>(more);
+    }
+    ::close(ends[1]);
+  });
+  const auto read = read_file(fmt::format("/dev/fd/{}", ends[0]));
+  writer.join();
+  ::close(ends[0]);
+  ASSERT_TRUE(read) << read.error().message;
+  EXPECT_EQ(*read, text);
+}
+
+TEST(ReadFile, StopsReadingWhatIsTooLong) {
+  std::string path = testing::TempDir() + "clusterip-XXXXXX";
+  const int file = ::mkostemp(path.data(), O_CLOEXEC);
+  ASSERT_GE(file, 0);
+  EXPECT_EQ(::ftruncate(file, (257 << 20)), 0);
+  ::close(file);
+  const auto endless = read_file(path);
+  ::unlink(path.c_str());
+  ASSERT_FALSE(endless);
   EXPECT_EQ(endless.error().code, -EFBIG);
-  EXPECT_EQ(endless.error().message, "/dev/zero: expected at most 256 MiB, got more");
+  EXPECT_EQ(endless.error().message, path + ": expected at most 256 MiB, got more");
 }
 
 // Backends from elsewhere

@@ -45,6 +45,25 @@ TEST_F(Marking, AFailureKeepsItFreeForASecond) {
   EXPECT_TRUE(backend_.admits(start + 1s));
 }
 
+TEST_F(Marking, IsToldOnceUntilItIsReachedAgain) {
+  EXPECT_FALSE(backend_.connected());
+  EXPECT_EQ(backend_.failed(start), 1s);
+  EXPECT_EQ(backend_.failed(start + 1s), std::nullopt);
+  EXPECT_EQ(backend_.failed(start + 3s), std::nullopt);
+  EXPECT_TRUE(backend_.connected());
+  EXPECT_FALSE(backend_.connected());
+  EXPECT_EQ(backend_.failed(start + 4s), 1s);
+}
+
+TEST_F(Marking, IsToldOnceASecondWhereFailuresAndSuccessesAlternate) {
+  int told = 0;
+  for (int i = 0; i < 3000; ++i) {
+    told += backend_.failed(start + i * 1ms).has_value();
+    backend_.connected();
+  }
+  EXPECT_EQ(told, 3);
+}
+
 TEST_F(Marking, OneTriesItAgainAndTheOthersWait) {
   backend_.failed(start);
   EXPECT_TRUE(backend_.admits(start + 1s));
