@@ -25,6 +25,11 @@ void ip(const std::string& arguments) {
 void raise_loopback_v6() {
   ip("-6 addr add fd00::1/128 dev lo nodad");
   ip("-6 addr add fd00::2/128 dev lo nodad");
+  // The kernel adds their routes a moment later.
+  ASSERT_TRUE(eventually([] {
+    const std::string routes = run({"ip", "-6", "route", "show", "table", "local"}).out;
+    return routes.find("local fd00::1 ") != std::string::npos && routes.find("local fd00::2 ") != std::string::npos;
+  }));
 }
 
 std::string number(std::uint16_t value) { return {static_cast<char>(value >> 8), static_cast<char>(value & 0xff)}; }
