@@ -156,8 +156,7 @@ TEST_F(Limits, TooFewDescriptorsToBeginWithAreNamed) {
   });
   const Finished finished = proxy.wait();
   EXPECT_EQ(finished.exit_code, 1);
-  EXPECT_NE(finished.err.find(": allow more file descriptors (LimitNOFILE=, ulimit -n)\n"),
-            std::string::npos)
+  EXPECT_NE(finished.err.find(": allow more file descriptors (LimitNOFILE=, ulimit -n)\n"), std::string::npos)
       << finished.err;
 }
 
