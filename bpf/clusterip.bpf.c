@@ -21,6 +21,8 @@
 #define EHOSTUNREACH 113
 
 // <sys/socket.h> is not for BPF programs either.
+#define AF_INET 2
+#define AF_INET6 10
 #define SOL_SOCKET 1
 #define SO_MARK 36
 
@@ -47,6 +49,7 @@ const volatile __u32 can_events = 0;
 const volatile __u32 can_comm = 0;
 const volatile __u32 has_udp = 0; // whether there are UDP services
 const volatile __u32 has_sessions = 0; // whether any service remembers sockets, or has since the programs are attached
+const volatile __u32 has_sock_ops = 0; // whether connections are counted as their SYN is sent
 const volatile __u32 filter_mask = 0; // bits of Filter_Map - 1
 const volatile __u32 stats_shard_mask = 0; // shards - 1
 const volatile __u32 stats_per_shard = 0;
@@ -525,6 +528,15 @@ static __always_inline void give_back(struct session *session)
 		__sync_fetch_and_add(&backend->live, -1);
 }
 
+// No lock: the socket is locked, and has no end of a connection to come before this one has begun.
+static __always_inline void count_session(struct session *session, struct backend_record *backend)
+{
+	if (session->counted)
+		return;
+	__sync_fetch_and_add(&backend->live, 1);
+	session->counted = 1;
+}
+
 // A new connect() makes the socket what it was before the last one.
 static __always_inline void end_session(struct bpf_sock_addr *ctx, struct session *session)
 {
@@ -554,9 +566,9 @@ static __always_inline void begin_session(struct bpf_sock_addr *ctx, struct sess
 		session->mark_before = ctx->sk->mark;
 		bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
 	}
-	// No lock: nobody else can know of this session yet, or has a socket to end.
-	__sync_fetch_and_add(&backend->live, 1);
-	session->counted = 1;
+	// A connection that fails before its SYN is never heard of again when the socket is the kernel's own, as below MPTCP.
+	if (!has_sock_ops || key->protocol != IPPROTO_TCP)
+		count_session(session, backend);
 	session->asked = *key;
 }
 
@@ -798,7 +810,8 @@ int sock4_connect(struct bpf_sock_addr *ctx)
 	struct service_key key;
 	struct decision decision = {};
 
-	if (!is_served(ctx))
+	// The kernel refuses another family, but only behind this program: the socket stays what it is.
+	if (!is_served(ctx) || ctx->user_family != AF_INET)
 		return 1;
 	read_v4(ctx, &key);
 	enum verdict verdict = decide_connect(ctx, &key, &decision);
@@ -813,7 +826,8 @@ int sock6_connect(struct bpf_sock_addr *ctx)
 	struct service_key key;
 	struct decision decision = {};
 
-	if (!is_served(ctx))
+	// The kernel refuses another family, but only behind this program: the socket stays what it is.
+	if (!is_served(ctx) || ctx->user_family != AF_INET6)
 		return 1;
 	read_v6(ctx, &key);
 	enum verdict verdict = decide_connect(ctx, &key, &decision);
@@ -906,7 +920,8 @@ int sock_release(struct bpf_sock *sk)
 	return 1;
 }
 
-// The fate of a connection that was rewritten: no hook above runs when it fails or is torn down.
+// The fate of a connection that was rewritten: no hook above runs when it fails or is torn down. It counts from its SYN on,
+// since from there on every way ends in TCP_CLOSE.
 SEC("sockops")
 int sock_ops(struct bpf_sock_ops *ctx)
 {
@@ -916,12 +931,19 @@ int sock_ops(struct bpf_sock_ops *ctx)
 	if (!sk)
 		return 1;
 	struct session *session = bpf_sk_storage_get(&Session_Map, sk, NULL, 0);
-	if (!session || !session->counted)
+	if (!session)
 		return 1;
-	if (ctx->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+	if (ctx->op == BPF_SOCK_OPS_STATE_CB) {
+		if (ctx->args[1] == BPF_TCP_CLOSE)
+			give_back(session);
+		return 1;
+	}
+	__u32 index = session->backend;
+	struct backend_record *backend = bpf_map_lookup_elem(&Backend_Map, &index);
+	if (backend && session->asked.protocol) {
+		count_session(session, backend);
 		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
-	else if (ctx->args[1] == BPF_TCP_CLOSE)
-		give_back(session);
+	}
 	return 1;
 }
 

@@ -13,10 +13,21 @@
 #include "map_layout.h"
 
 #define ESTABLISHED 1 // TCP_ESTABLISHED, which a connected UDP socket has, too
+#define AF_INET 2
 
 // What is used of the kernel's own types; libbpf finds the places of the members.
+struct in6_addr {
+	union {
+		__be32 u6_addr32[4];
+	} in6_u;
+} __attribute__((preserve_access_index));
+
 struct sock_common {
+	__be32 skc_daddr;
+	__be16 skc_dport;
+	unsigned short skc_family;
 	volatile unsigned char skc_state;
+	struct in6_addr skc_v6_daddr;
 } __attribute__((preserve_access_index));
 
 struct sock {
@@ -67,6 +78,21 @@ static __always_inline bool has_left(const struct session *session)
 	       backend->address[2] != session->address[2] || backend->address[3] != session->address[3];
 }
 
+// Whether the socket's peer is what the session says. A connect() that fails behind our program, for want of a route, leaves
+// a UDP socket at its old peer.
+static __always_inline bool is_connected_to(const struct sock *sk, const struct session *session)
+{
+	if (sk->__sk_common.skc_dport != session->port)
+		return false;
+	if (sk->__sk_common.skc_family == AF_INET)
+		return sk->__sk_common.skc_daddr == session->address[3];
+	if (!bpf_core_field_exists(sk->__sk_common.skc_v6_daddr))
+		return true;
+	const struct in6_addr *peer = &sk->__sk_common.skc_v6_daddr;
+	return peer->in6_u.u6_addr32[0] == session->address[0] && peer->in6_u.u6_addr32[1] == session->address[1] &&
+	       peer->in6_u.u6_addr32[2] == session->address[2] && peer->in6_u.u6_addr32[3] == session->address[3];
+}
+
 SEC("iter/udp")
 int end_udp(struct bpf_iter__udp *ctx)
 {
@@ -74,7 +100,7 @@ int end_udp(struct bpf_iter__udp *ctx)
 	if (!sk || sk->__sk_common.skc_state != ESTABLISHED)
 		return 0;
 	struct session *session = bpf_sk_storage_get(&Session_Map, sk, NULL, 0);
-	if (session && !(session->flags & BLOCK_KEEP) && has_left(session))
+	if (session && !(session->flags & BLOCK_KEEP) && has_left(session) && is_connected_to(sk, session))
 		bpf_sock_destroy((struct sock_common *)sk);
 	return 0;
 }

@@ -514,6 +514,7 @@ Result<void> BpfEngine::make_live(State& next) {
                                  .can_comm = can_.comm,
                                  .has_udp = hooks.contains(Hook::recvmsg4),
                                  .has_sessions = has_sessions,
+                                 .has_sock_ops = hooks.contains(Hook::sock_ops),
                                  .filter_mask = capacity.filter_bits() - 1,
                                  .stats_shard_mask = capacity.shards - 1,
                                  .stats_per_shard = capacity.stats_per_shard(),

@@ -248,6 +248,40 @@ TEST_F(Session, ConnectedUdpSocketOfABackendThatLeftIsEnded) {
   EXPECT_EQ(handle.visit().at(0).reason, "");
 }
 
+TEST_F(Session, ConnectThatFailsLeavesAUdpSocketWithItsPeer) {
+  if (!can(CLUSTERIP_CAN_DESTROY)) SKIP_OR_FAIL("this kernel cannot end sockets");
+
+  const NamedUdpServer plain("plain");
+  const NamedUdpServer other("other", "127.0.0.2");
+  Handle handle = serve(toml({{"a", "10.96.0.1", 53, {{"10.200.0.1", 53}}, "refuse", udp}}));
+  const Fd fd = udp_socket();
+  ASSERT_EQ(connect_errno(fd.get(), plain.address(), plain.port()), 0);
+  ASSERT_EQ(connect_errno(fd.get(), "10.96.0.1", 53), ENETUNREACH);
+
+  ASSERT_TRUE(ok(handle.set_backends("a", {backend(other)})));
+  ASSERT_EQ(::send(fd.get(), "x", 1, 0), 1);
+  EXPECT_NE(receive(fd.get()).find("plain from "), std::string::npos);
+}
+
+/// The kernel looks at the family of a UDP socket's address only behind the programs.
+TEST_F(Session, AddressOfAnotherFamilyChangesNothing) {
+  const NamedUdpServer plain("plain");
+  const NamedUdpServer server("server", "127.0.0.2");
+  Handle handle = serve(toml({{"a", "10.96.0.1", 53, {backend(server)}, "refuse", std::string(udp) + "\nmark = 193"}}));
+  const Fd fd = udp_socket();
+  ASSERT_EQ(connect_errno(fd.get(), plain.address(), plain.port()), 0);
+  sockaddr_in vip = *reinterpret_cast<const sockaddr_in*>(Endpoint("10.96.0.1", 53).address());
+  vip.sin_family = AF_APPLETALK;
+  EXPECT_EQ(::connect(fd.get(), reinterpret_cast<const sockaddr*>(&vip), sizeof vip), -1);
+  EXPECT_EQ(errno, EAFNOSUPPORT);
+
+  int mark = -1;
+  socklen_t length = sizeof mark;
+  ASSERT_EQ(::getsockopt(fd.get(), SOL_SOCKET, SO_MARK, &mark, &length), 0);
+  EXPECT_EQ(mark, 0);
+  EXPECT_EQ(handle.visit().at(0).connects, 0u);
+}
+
 TEST_F(Session, TcpOfABackendThatLeftGoesOnUnlessResetIsAsked) {
   if (!can(CLUSTERIP_CAN_DESTROY)) SKIP_OR_FAIL("this kernel cannot end sockets");
 

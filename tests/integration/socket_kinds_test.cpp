@@ -123,6 +123,14 @@ TEST_F(Mptcp, CountsUntilTheConnectionEnds) {
   EXPECT_TRUE(eventually([&] { return handle.visit().at(0).live == 0; })) << handle.visit().at(0).live;
 }
 
+/// The TCP socket below is the kernel's own: it ends without a word.
+TEST_F(Mptcp, CountsNowhereWhenItFailsBeforeItsSyn) {
+  Handle handle = serve(toml({{"web", "10.96.0.1", 80, {{"10.200.0.1", 80}}, "refuse", "policy = \"least_conn\""}}));
+  for (int i = 0; i < 10; ++i) ASSERT_EQ(connect_errno(mptcp_socket(AF_INET).get(), "10.96.0.1", 80), ENETUNREACH);
+  EXPECT_EQ(handle.visit().at(0).connects, 10u);
+  EXPECT_EQ(handle.visit().at(0).live, 0u);
+}
+
 /// The hooks of connect() see the TCP socket below, those of getpeername() the MPTCP socket above it.
 TEST_F(Mptcp, PeerIsTheBackend) {
   const Listener listener(mptcp_socket(AF_INET), "127.0.0.1");
