@@ -339,18 +339,18 @@ Result<std::vector<config::Service>> BpfEngine::leave_out_unsupported(config::Co
 }
 
 /// The hooks that what is published needs; others would only cost those who do not use us.
-Hooks BpfEngine::needed_hooks(const Publisher& publisher) const {
+Hooks BpfEngine::needed_hooks(std::span<const PublishedService> published_services, bool peer_names) const {
   Hooks needed;
   needed.insert(Hook::connect4);
   needed.insert(Hook::connect6);  // also for IPv6 sockets that connect to an IPv4 address
   needed.insert(Hook::sendmsg4);  // also to refuse what is sent to a port that no service has
   needed.insert(Hook::sendmsg6);
-  for (const auto& published : publisher.published()) {
+  for (const auto& published : published_services) {
     const config::Service& service = published.service;
     if (service.port == 0 || is_canary(service) || is_left_out(service)) {
       continue;
     }
-    const block_header header = encode_header(service, 0, publisher.peer_names());
+    const block_header header = encode_header(service, 0, peer_names);
     if (service.protocol == config::Protocol::udp) {
       needed.insert(Hook::recvmsg4);
       needed.insert(Hook::recvmsg6);
@@ -371,7 +371,9 @@ Hooks BpfEngine::needed_hooks(const Publisher& publisher) const {
 
 /// A change may need hooks that those before did without.
 Result<void> BpfEngine::attach_missing() {
-  if (!attachment_.is_attached() || attachment_.hooks().includes(needed_hooks(*state_->publisher))) {
+  const Publisher& publisher = *state_->publisher;
+  if (!attachment_.is_attached() ||
+      attachment_.hooks().includes(needed_hooks(publisher.published(), publisher.peer_names()))) {
     return {};
   }
   return make_live(*state_);
@@ -502,7 +504,7 @@ Result<void> BpfEngine::make_live(State& next) {
   }
   const Capacity& capacity = next.maps.capacity();
   // What is attached but not needed any more goes on, over the same maps as the rest.
-  const Hooks hooks = needed_hooks(*next.publisher) | attachment_.hooks();
+  const Hooks hooks = needed_hooks(next.publisher->published(), next.publisher->peer_names()) | attachment_.hooks();
   // A kernel without sock_release cannot say by its hooks whether sockets are remembered.
   const bool has_sessions = hooks.contains(Hook::release) || !can_.hooks.contains(Hook::release);
   auto programs = load_programs(hooks, Maps::names(), next.maps.fds(),
@@ -696,9 +698,11 @@ Result<std::vector<ServiceStatus>> BpfEngine::status() {
 Result<CanaryResult> BpfEngine::canary() {
   std::string path;
   std::uint64_t id = 0;
+  Hooks needed;
   auto done = for_reading([&](const Maps& maps) -> Result<void> {
     path = maps.meta().cgroup_path;
     id = maps.meta().cgroup_id;
+    needed = needed_hooks(read_published(maps), (maps.meta().flags & META_PEER_NAMES) != 0);
     return {};
   });
   if (!done && done.error().code != -ENOENT) {
@@ -714,7 +718,18 @@ Result<CanaryResult> BpfEngine::canary() {
   if (cgroup->id != id) {
     return fail(-ENOTCONN, "the cgroup " + path + " is not the one that was attached to: that one is gone");
   }
-  return run_canary(*cgroup);
+  auto seen = run_canary(*cgroup);
+  // It sees sock4_connect at work; of the others, whether they are attached. Their links are gone with their pins.
+  const auto attached = pins_ ? pins_->attachment() : Result<Attachment>(fail(-ENOENT, "not pinned"));
+  if (!seen || seen->rewrite_errno != 0 || !attached) {
+    return seen;
+  }
+  for (const HookInfo& info : all_hooks) {
+    if (needed.contains(info.hook) && !attached->hooks().contains(info.hook)) {
+      return fail(-ENOTCONN, std::string(info.program) + " is not attached");
+    }
+  }
+  return seen;
 }
 
 Result<Destination> BpfEngine::original_destination(int socket) {

@@ -107,7 +107,7 @@ class BpfEngine {
   Result<std::unique_ptr<State>> fresh_state(std::span<config::Service> services, bool peer_names);
   Result<std::vector<config::Service>> leave_out_unsupported(config::Config& config) const;
   std::string reason_left_out(const config::Service& service) const;
-  Hooks needed_hooks(const Publisher& publisher) const;
+  Hooks needed_hooks(std::span<const PublishedService> published, bool peer_names) const;
   Result<void> attach_missing();
   void end_sockets_of_left();
   Result<void> load_services(config::Config& config);

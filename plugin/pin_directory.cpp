@@ -191,6 +191,11 @@ Result<Maps> PinDirectory::open_maps() {
     struct stat before{};
     struct stat after{};
     if (stat(meta.c_str(), &before) != 0) {
+      if (exists(program_path(path_, Hook::connect4))) {
+        return fail(-EPROTO, path_ +
+                                 ": the pinned state is damaged (Meta_Map is missing): run `clusterip unload --pin " +
+                                 path_ + "` and load again");
+      }
       return fail(-ENOENT, "nothing is loaded at " + path_);
     }
     auto maps = Maps::open(path_);

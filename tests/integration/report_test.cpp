@@ -78,6 +78,22 @@ TEST_F(Report, CanarySeesThatSomebodyDetachedIt) {
   EXPECT_TRUE(ok(handle.detach()));
 }
 
+TEST_F(Report, CanarySeesWhichProgramIsNotAttached) {
+  const NamedServer server("server");
+  const std::string text = toml({{"web", "10.96.0.1", 80, {backend(server)}}});
+  for (const char* program : {"sock6_connect", "sock4_sendmsg", "sock4_getpeer", "sock_release", "sock_ops"}) {
+    {
+      Handle handle = serve(text, pinned());
+      ASSERT_TRUE(ok(handle.canary()));
+    }
+    ASSERT_EQ(::unlink((pin() + "/" + program + "_link").c_str()), 0);
+    const Outcome outcome = Handle(plugin(), pinned()).canary();
+    EXPECT_TRUE(fails_with(-ENOTCONN, outcome));
+    EXPECT_EQ(outcome.message, std::string(program) + " is not attached");
+  }
+  EXPECT_TRUE(ok(Handle(plugin(), pinned()).detach()));
+}
+
 TEST_F(Report, CanarySeesThatItsCgroupIsGone) {
   auto separate = std::make_unique<Cgroup>();
   const std::string path = separate->path();
