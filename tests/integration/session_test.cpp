@@ -188,23 +188,23 @@ TEST_F(Session, FlowsOfOneSocketAreToldApart) {
 }
 
 TEST_F(Session, SocketForgetsTheFlowThatCameFirst) {
-  constexpr int flows = 8;  // that a socket keeps
+  constexpr std::size_t flows = 8;  // that a socket keeps
   std::vector<Service> services;
   std::vector<std::unique_ptr<NamedUdpServer>> servers;
-  for (int i = 0; i <= flows; ++i) {
+  for (std::size_t i = 0; i <= flows; ++i) {
     servers.push_back(std::make_unique<NamedUdpServer>("udp" + std::to_string(i)));
     services.push_back(
         {"udp" + std::to_string(i), "10.96.0." + std::to_string(i + 1), 53, {backend(*servers.back())}, "refuse", udp});
   }
   Handle handle = serve(toml(services));
   const Fd fd = udp_socket();
-  const auto ask_all = [&](int first) {
-    for (int i = first; i <= flows; ++i)
+  const auto ask_all = [&](std::size_t first) {
+    for (std::size_t i = first; i <= flows; ++i)
       ASSERT_EQ(exchange(fd.get(), services[i].vip, 53), services[i].name + " from " + services[i].vip + ":53");
   };
   ask_all(0);
   ask_all(1);
-  for (int i = 1; i <= flows; ++i) EXPECT_EQ(handle.visit().at(i).connects, 1u) << "these are kept";
+  for (std::size_t i = 1; i <= flows; ++i) EXPECT_EQ(handle.visit().at(i).connects, 1u) << "these are kept";
   EXPECT_EQ(exchange(fd.get(), "10.96.0.1", 53), "udp0 from 10.96.0.1:53");
   EXPECT_EQ(handle.visit().at(0).connects, 2u) << "a new one";
 }
