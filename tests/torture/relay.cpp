@@ -16,6 +16,7 @@
 #include <exception>
 #include <future>
 #include <iostream>
+#include <mutex>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -125,11 +126,16 @@ void resets(std::uint64_t connections, std::uint64_t reset_every) {
   const TcpListener backend;
   FallbackProxy proxy(configuration(backend));
   std::atomic<bool> is_over = false;
+  std::mutex accepting;
   std::vector<std::future<void>> servers;
   for (int i = 0; i < threads; ++i) {
     servers.push_back(std::async(std::launch::async, [&] {
       while (!is_over) {
-        if (is_readable(backend.get(), 100)) serve_one(backend.accept());
+        std::unique_lock turn(accepting);  // what one has seen, another must not take
+        if (!is_readable(backend.get(), 100)) continue;
+        Fd connection = backend.accept();
+        turn.unlock();
+        serve_one(std::move(connection));
       }
     }));
   }
