@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <boost/json.hpp>
 #include <string>
@@ -28,7 +29,13 @@ std::string_view verdict_name(std::uint32_t verdict) {
   return verdict < names.size() ? names[verdict] : "unknown";
 }
 
-boost::json::object to_json(const Endpoint& asked, const clusterip_resolution& found) {
+/// What a connect() meets while the service has no active backend.
+std::string_view meaning_of(std::string_view no_backend) {
+  if (no_backend == "pass") return "a connect() passes untouched";
+  return no_backend == "unreachable" ? "a connect() fails with EHOSTUNREACH" : "a connect() fails with ECONNREFUSED";
+}
+
+boost::json::object to_json(const Endpoint& asked, const clusterip_resolution& found, const std::string& no_backend) {
   boost::json::object answer{{"vip", asked.address},
                              {"port", asked.port},
                              {"protocol", protocol_name(asked.protocol)},
@@ -36,7 +43,9 @@ boost::json::object to_json(const Endpoint& asked, const clusterip_resolution& f
                              {"service", nullptr},
                              {"engine", nullptr},
                              {"active_backends", found.backends},
-                             {"backend", nullptr}};
+                             {"backend", nullptr},
+                             {"no_backend", nullptr}};
+  if (found.verdict == CLUSTERIP_VERDICT_NO_BACKEND) answer["no_backend"] = no_backend;
   if (found.engine != 0) {
     answer["service"] = config::printable(static_cast<const char*>(found.service));
     answer["engine"] = engine_name(found.engine);
@@ -48,7 +57,7 @@ boost::json::object to_json(const Endpoint& asked, const clusterip_resolution& f
   return answer;
 }
 
-std::string to_text(const Endpoint& asked, const clusterip_resolution& found) {
+std::string to_text(const Endpoint& asked, const clusterip_resolution& found, std::string_view no_backend) {
   const std::string vip =
       fmt::format("{}/{}", address_and_port(asked.address, asked.port), protocol_name(asked.protocol));
   const std::string service = fmt::format(
@@ -64,7 +73,8 @@ std::string to_text(const Endpoint& asked, const clusterip_resolution& found) {
           found.backends == 1 ? "the only active backend" : fmt::format("one of {} active backends", found.backends));
     }
     case CLUSTERIP_VERDICT_NO_BACKEND:
-      return fmt::format("{}: {}: no backend takes connections, the service's no_backend applies", vip, service);
+      return fmt::format("{}: {}: no backend takes connections, {} (no_backend = \"{}\")", vip, service,
+                         meaning_of(no_backend), no_backend);
     case CLUSTERIP_VERDICT_NO_SERVICE:
       return fmt::format("{}: a VIP of ours, but no service has this port and protocol: a connect() is refused", vip);
     default:
@@ -89,10 +99,17 @@ Outcome run(const Plugin& plugin, const Given& given) {
   if (plugin.resolve(handle->get(), socket_address, asked->length, asked->protocol, &found, &error) < 0) {
     return std::unexpected(failure_of(error));
   }
+  std::string no_backend;
+  if (found.verdict == CLUSTERIP_VERDICT_NO_BACKEND) {
+    const auto services = see_services(plugin, handle->get());
+    if (!services) return std::unexpected(services.error());
+    const auto service = std::ranges::find(*services, std::string_view(found.service), &SeenService::name);
+    if (service != services->end()) no_backend = service->no_backend;
+  }
   if (given.options["json"].as<bool>()) {
-    fmt::print("{}\n", boost::json::serialize(to_json(*asked, found)));
+    fmt::print("{}\n", boost::json::serialize(to_json(*asked, found, no_backend)));
   } else {
-    fmt::print("{}\n", to_text(*asked, found));
+    fmt::print("{}\n", to_text(*asked, found, no_backend));
   }
   return Exit::fine;
 }

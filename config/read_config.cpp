@@ -338,8 +338,11 @@ void Reader::table(const Value& value, std::span<const Field<T>> fields, T& out)
     const std::size_t before = mistakes_.count();
     field.read(*this, {&found->second, position_of(found->second.source()), path}, out);
     if constexpr (requires { is_unsupported(out, field.key, Carrier{}); }) {
-      if (carrier_ && mistakes_.count() == before && is_unsupported(out, field.key, *carrier_))
-        mistakes_.add(position_of(found->first.source()), path.text(), "not supported by this version");
+      if (carrier_ && mistakes_.count() == before && is_unsupported(out, field.key, *carrier_)) {
+        const bool fallback_proxy_has_it = !is_unsupported(out, field.key, Carrier::userspace);
+        mistakes_.add(position_of(found->first.source()), path.text(),
+                      fallback_proxy_has_it ? "only fallback_proxy carries this" : "not supported by this version");
+      }
     }
   }
   if (known == table->size()) return;

@@ -163,6 +163,9 @@ TEST_F(Command, LoadStatusResolveUnload) {
       << resolved_json.out;
   for (const char* target : {"10.96.0.1:80/udp", "10.96.0.1:81", "10.96.0.9:80", "10.96.0.2:443"})
     EXPECT_TRUE(exits(fine, clusterip({"resolve", target, "--pin", pin()}))) << target;
+  const Finished empty = clusterip({"resolve", "10.96.0.2:443", "--pin", pin()});
+  EXPECT_TRUE(contains(empty.out, "a connect() fails with ECONNREFUSED (no_backend = \"refuse\")")) << empty.out;
+  EXPECT_EQ(jq(".no_backend", clusterip({"resolve", "10.96.0.2:443", "--pin", pin(), "--json"}).out), "refuse\n");
 
   const BpfObjects ours = objects_of(cgroup());
   const Finished unloaded = unload();

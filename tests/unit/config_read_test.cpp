@@ -266,7 +266,7 @@ watch = 1
                                              HasSubstr("9:8: service \"a\": name: expected a name of its own"),
                                              HasSubstr("10:7: service \"a\": vip: expected a numeric"),
                                              HasSubstr("12:29: service \"a\": backends[1]: expected each backend once"),
-                                             HasSubstr("15:1: engine.mode: not supported by this version"),
+                                             HasSubstr("15:1: engine.mode: only fallback_proxy carries this"),
                                              HasSubstr("16:9: engine.watch: expected true or false, got 1")));
 }
 
@@ -511,22 +511,21 @@ TEST(ReadConfig, RefusesAProxyHeaderForDatagrams) {
 
 TEST(ReadConfig, RefusesWhatThisVersionDoesNotSupport) {
   const std::string label = "service \"ns/web:http\": ";
+  constexpr std::string_view nobody = "not supported by this version";
+  constexpr std::string_view fallback_proxy = "only fallback_proxy carries this";
   Lines expected;
-  const auto refused = [&](int line, std::string_view key) {
-    expected.push_back(fmt::format("{}:1: {}: not supported by this version", line, key));
+  const auto refused = [&](int line, std::string_view key, std::string_view why) {
+    expected.push_back(fmt::format("{}:1: {}: {}", line, key, why));
   };
-  for (const auto& [line, key] : std::initializer_list<std::pair<int, std::string>>{
-           {2, "engine.mode"},
-           {5, "engine.on_exit"},
-           {7, "engine.watch"},
-           {22, "metrics.listen"},
-           {31, label + "panic"},
-           {33, label + "proxy_protocol"},
-           {35, label + "engine"},
-           {36, label + "health"},
-           {37, label + "eject"},
-       })
-    refused(line, key);
+  refused(2, "engine.mode", fallback_proxy);
+  refused(5, "engine.on_exit", nobody);
+  refused(7, "engine.watch", nobody);
+  refused(22, "metrics.listen", nobody);
+  refused(31, label + "panic", nobody);
+  refused(33, label + "proxy_protocol", nobody);  // of UDP
+  refused(35, label + "engine", fallback_proxy);
+  refused(36, label + "health", nobody);
+  refused(37, label + "eject", nobody);
   EXPECT_EQ(mistakes_of(every_key), expected);
 }
 
