@@ -65,7 +65,11 @@ Result<std::string> read_file(const std::string& path) {
     const ssize_t got = ::read(file.descriptor, text.data() + length, text.size() - length);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0 && errno == EAGAIN && wait_for_more(file.descriptor, until)) continue;
-    if (got < 0 && errno == EAGAIN) return failed(path, ETIMEDOUT);
+    if (got < 0 && errno == EAGAIN) {
+      return std::unexpected(
+          Error{-ETIMEDOUT, fmt::format("{}: a pipe, whose writer has not come to an end within {} s", printable(path),
+                                        pipe_patience.count())});
+    }
     if (got < 0) return failed(path, errno);
     if (got == 0) break;
     length += static_cast<std::size_t>(got);

@@ -726,7 +726,7 @@ Result<CanaryResult> BpfEngine::canary() {
   }
   for (const HookInfo& info : all_hooks) {
     if (needed.contains(info.hook) && !attached->hooks().contains(info.hook)) {
-      return fail(-ENOTCONN, std::string(info.program) + " is not attached");
+      return fail(-ENOTCONN, std::string(info.program) + " is not attached: load again");
     }
   }
   return seen;

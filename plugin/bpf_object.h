@@ -32,7 +32,7 @@ struct ProgramConstants {
   bool can_comm = false;
   bool has_udp = false;
   bool has_sessions = false;
-  std::uint32_t has_sock_ops = 0;
+  bool has_sock_ops = false;
   std::uint32_t filter_mask = 0;
   std::uint32_t stats_shard_mask = 0;
   std::uint32_t stats_per_shard = 0;

@@ -89,7 +89,7 @@ TEST_F(Report, CanarySeesWhichProgramIsNotAttached) {
     ASSERT_EQ(::unlink((pin() + "/" + program + "_link").c_str()), 0);
     const Outcome outcome = Handle(plugin(), pinned()).canary();
     EXPECT_TRUE(fails_with(-ENOTCONN, outcome));
-    EXPECT_EQ(outcome.message, std::string(program) + " is not attached");
+    EXPECT_EQ(outcome.message, std::string(program) + " is not attached: load again");
   }
   EXPECT_TRUE(ok(Handle(plugin(), pinned()).detach()));
 }
