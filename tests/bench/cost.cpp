@@ -23,7 +23,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
-#include <iostream>
 #include <map>
 #include <memory>
 #include <span>
@@ -37,6 +36,7 @@
 #include "tests/support/cgroup.h"
 #include "tests/support/environment.h"
 #include "tests/support/fd.h"
+#include "tests/support/program.h"
 #include "tests/support/tcp.h"
 #include "tests/support/udp.h"
 
@@ -609,37 +609,18 @@ int main(int argc, char** argv) {
   Settings settings;
   po::options_description options("bench_cost: what each program of the fast path costs per call");
   auto add = options.add_options();
-  add("help", "show this text");
   add("services", po::value(&settings.services)->default_value(50000), "services, where there are many");
   add("backends", po::value(&settings.backends)->default_value(10), "backends of each of these");
   add("rounds", po::value(&settings.rounds)->default_value(51), "rounds, of which the median counts");
   add("calls", po::value(&settings.calls)->default_value(2000), "calls a round");
   add("only", po::value(&settings.only)->default_value(""), "scenarios with this in their names");
-  po::variables_map given;
-  try {
-    po::store(po::parse_command_line(argc, argv, options), given);
-    po::notify(given);
-  } catch (const po::error& error) {
-    fmt::print(stderr, "bench_cost: {}\n", error.what());
-    return 2;
-  }
-  if (given.contains("help")) {
-    std::cout << options;
-    return 0;
-  }
-  if (settings.services == 0 || settings.backends == 0 || settings.services > 0xf0000 || settings.rounds == 0 ||
-      settings.calls == 0) {
-    fmt::print(stderr, "bench_cost: 1 to 983040 services, and at least one backend, one round and one call\n");
-    return 2;
-  }
-  support::enter_private_environment();
-  if (!support::missing_privilege().empty()) {
-    give_up(support::missing_privilege());
-  }
-  try {
+  return support::run_program("bench_cost", options, argc, argv, [&](const auto&) {
+    if (settings.services == 0 || settings.backends == 0 || settings.services > 0xf0000 || settings.rounds == 0 ||
+        settings.calls == 0) {
+      fmt::print(stderr, "bench_cost: 1 to 983040 services, and at least one backend, one round and one call\n");
+      return 2;
+    }
     measure(settings);
-  } catch (const std::exception& error) {
-    give_up(error.what());
-  }
-  return 0;
+    return 0;
+  });
 }

@@ -12,7 +12,6 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
-#include <iostream>
 #include <string>
 #include <vector>
 
@@ -20,7 +19,7 @@
 #include "plugin/bpf_engine.h"
 #include "plugin/include/clusterip.h"
 #include "tests/support/cgroup.h"
-#include "tests/support/environment.h"
+#include "tests/support/program.h"
 
 namespace {
 
@@ -96,40 +95,11 @@ struct Host {
       .size = sizeof(clusterip_error), .code = 0, .line = 0, .column = 0, .reserved = 0, .message = {}};
 };
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  std::uint32_t services = 0;
-  std::uint32_t rounds = 0;
-  std::uint32_t changes = 0;
-  po::options_description options("bench_publish: the cost of publishing services");
-  auto add = options.add_options();
-  add("help", "show this text");
-  add("services", po::value(&services)->default_value(50000), "services, of 10 backends each; more than 10");
-  add("rounds", po::value(&rounds)->default_value(5), "rounds of filling, and of changing");
-  add("changes", po::value(&changes)->default_value(2000), "changes of one backend a round");
-  po::variables_map given;
-  try {
-    po::store(po::parse_command_line(argc, argv, options), given);
-    po::notify(given);
-  } catch (const po::error& error) {
-    fmt::print(stderr, "bench_publish: {}\n", error.what());
-    return 2;
-  }
-  if (given.contains("help")) {
-    std::cout << options;
-    return 0;
-  }
+int measure(std::uint32_t services, std::uint32_t rounds, std::uint32_t changes) {
   if (services <= 10 || rounds == 0 || changes == 0) {
     fmt::print(stderr, "bench_publish: more than 10 services, and at least one round and one change\n");
     return 2;
   }
-  support::enter_private_environment();
-  if (!support::missing_privilege().empty()) {
-    fmt::print(stderr, "bench_publish: {}\n", support::missing_privilege());
-    return 1;
-  }
-
   const std::string many = configuration(services, 10);
   fmt::print("{} services of 10 backends, {:.1f} MB of TOML\n\n", services, static_cast<double>(many.size()) / 1e6);
 
@@ -197,4 +167,19 @@ int main(int argc, char** argv) {
       "peak memory of this process: {} MiB\n",
       usage.ru_maxrss / 1024);
   return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::uint32_t services = 0;
+  std::uint32_t rounds = 0;
+  std::uint32_t changes = 0;
+  po::options_description options("bench_publish: the cost of publishing services");
+  auto add = options.add_options();
+  add("services", po::value(&services)->default_value(50000), "services, of 10 backends each; more than 10");
+  add("rounds", po::value(&rounds)->default_value(5), "rounds of filling, and of changing");
+  add("changes", po::value(&changes)->default_value(2000), "changes of one backend a round");
+  return support::run_program("bench_publish", options, argc, argv,
+                              [&](const auto&) { return measure(services, rounds, changes); });
 }

@@ -97,6 +97,12 @@ class OlderKernel : public Integration {
   Paths partial(const std::string& pin = {}) const { return {cgroup().path(), pin, CLUSTERIP_ALLOW_PARTIAL}; }
 };
 
+/// A service that any kernel carries, and one that this row's does not.
+std::string toml_of(const Row& row, const NamedServer& server) {
+  return toml(
+      {{"web", "10.96.0.1", 80, {backend(server)}}, {"needy", row.vip, 81, {{row.backend, 7000}}, "refuse", row.keys}});
+}
+
 TEST_F(OlderKernel, ProbeFindsExactlyWhatIsMissing) {
   const std::uint32_t all = probe(plugin());
   for (const Row& row : rows) {
@@ -118,8 +124,7 @@ TEST_F(OlderKernel, ServiceThatNeedsMoreIsRefusedByName) {
   const NamedServer server("server");
   for (const Row& row : rows) {
     SCOPED_TRACE(row.what);
-    const std::string text = toml({{"web", "10.96.0.1", 80, {backend(server)}},
-                                   {"needy", row.vip, 81, {{row.backend, 7000}}, "refuse", row.keys}});
+    const std::string text = toml_of(row, server);
     EXPECT_EQ(in_child_without(row.lacking,
                                [&] {
                                  Handle handle(plugin(), unpinned());
@@ -140,8 +145,7 @@ TEST_F(OlderKernel, WhereAPartIsAllowedTheOthersAreServed) {
   const NamedServer server("server");
   for (const Row& row : rows) {
     SCOPED_TRACE(row.what);
-    const std::string text = toml({{"web", "10.96.0.1", 80, {backend(server)}},
-                                   {"needy", row.vip, 81, {{row.backend, 7000}}, "refuse", row.keys}});
+    const std::string text = toml_of(row, server);
     EXPECT_EQ(
         in_child_without(
             row.lacking,

@@ -51,16 +51,6 @@ std::vector<std::uint32_t> all_ids(bpf_cmd next) {
   return ids;
 }
 
-constexpr bpf_insn instruction(int code, int destination, int source, std::int16_t offset, std::int32_t immediate) {
-  bpf_insn result{};
-  result.code = static_cast<std::uint8_t>(code);
-  result.dst_reg = destination & 0xf;
-  result.src_reg = source & 0xf;
-  result.off = offset;
-  result.imm = immediate;
-  return result;
-}
-
 std::size_t count_existing(bpf_cmd open, const std::set<std::uint32_t>& ids) {
   std::size_t count = 0;
   for (const std::uint32_t id : ids) count += open_by_id(open, id).get() >= 0;

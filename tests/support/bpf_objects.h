@@ -19,6 +19,17 @@ namespace support {
 /// bpf(2). A negative result leaves errno.
 int bpf(bpf_cmd command, bpf_attr& attr);
 
+/// One instruction of a program that a test writes by hand.
+constexpr bpf_insn instruction(int code, int destination, int source, std::int16_t offset, std::int32_t immediate) {
+  bpf_insn result{};
+  result.code = static_cast<std::uint8_t>(code);
+  result.dst_reg = destination & 0xf;
+  result.src_reg = source & 0xf;
+  result.off = offset;
+  result.imm = immediate;
+  return result;
+}
+
 /// The programs attached to one of a cgroup's hooks, in the order in which they run.
 std::vector<std::uint32_t> programs_at(const Cgroup& cgroup, bpf_attach_type hook);
 inline std::vector<std::uint32_t> connect4_programs(const Cgroup& cgroup) {

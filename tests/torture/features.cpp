@@ -7,7 +7,6 @@
 #include <bpf/bpf.h>
 #include <bpf/libbpf.h>
 #include <fmt/format.h>
-#include <fmt/ostream.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>
@@ -22,7 +21,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <exception>
 #include <map>
 #include <random>
 #include <string>
@@ -37,12 +35,14 @@
 #include "tests/support/named_server.h"
 #include "tests/support/observe.h"
 #include "tests/support/plugin.h"
+#include "tests/support/program.h"
 #include "tests/support/toml.h"
 
 namespace {
 
 namespace po = boost::program_options;
 using support::Fd;
+using support::instruction;
 
 enum class Way { tcp, tcp_dead, tcp_refused, udp, udp_datagram };
 
@@ -171,16 +171,6 @@ std::uint32_t max_entries(const Fd& map) {
   std::uint32_t length = sizeof info;
   support::checked(bpf_obj_get_info_by_fd(map.get(), &info, &length), "BPF_OBJ_GET_INFO_BY_FD");
   return info.max_entries;
-}
-
-constexpr bpf_insn instruction(int code, int destination, int source, std::int16_t offset, std::int32_t immediate) {
-  bpf_insn result{};
-  result.code = static_cast<std::uint8_t>(code);
-  result.dst_reg = destination & 0xf;
-  result.src_reg = source & 0xf;
-  result.off = offset;
-  result.imm = immediate;
-  return result;
 }
 
 /// Elements of a socket storage, which user space cannot list: an iterator writes a byte for each.
@@ -372,30 +362,8 @@ int main(int argc, char** argv) {
   unsigned threads = 0;
   po::options_description options("torture_features: connects to services of every kind, and an audit");
   auto add = options.add_options();
-  add("help", "show this text");
   add("connects", po::value(&connects)->default_value(1000000), "connects in all");
   add("threads", po::value(&threads)->default_value(8), "threads that connect");
-  po::variables_map given;
-  try {
-    po::store(po::parse_command_line(argc, argv, options), given);
-    po::notify(given);
-  } catch (const po::error& error) {
-    fmt::print(stderr, "torture_features: {}\n", error.what());
-    return 2;
-  }
-  if (given.contains("help")) {
-    fmt::print("{}", fmt::streamed(options));
-    return 0;
-  }
-  support::enter_private_environment();
-  if (!support::missing_privilege().empty()) {
-    fmt::print("torture_features: skipped: {}\n", support::missing_privilege());
-    return support::must_run() ? 1 : 77;
-  }
-  try {
-    return torture(connects, threads);
-  } catch (const std::exception& error) {
-    fmt::print(stderr, "torture_features: {}\n", error.what());
-    return 1;
-  }
+  return support::run_program("torture_features", options, argc, argv,
+                              [&](const auto&) { return torture(connects, threads); });
 }

@@ -11,20 +11,17 @@
 #include <atomic>
 #include <boost/program_options.hpp>
 #include <chrono>
-#include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <future>
-#include <iostream>
 #include <mutex>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "tests/support/environment.h"
 #include "tests/support/fallback_proxy.h"
 #include "tests/support/observe.h"
+#include "tests/support/program.h"
 #include "tests/support/stream.h"
 #include "tests/support/tcp.h"
 
@@ -187,23 +184,7 @@ void resets(std::uint64_t connections, std::uint64_t reset_every) {
     throw std::runtime_error(fmt::format("it ended with {}: {}", finished.exit_code, finished.err));
 }
 
-int run(int argc, char** argv) {
-  po::options_description options("Options");
-  options.add_options()("gib", po::value<double>(), "GiB to pass each way")("connections", po::value<std::uint64_t>(),
-                                                                            "short connections to make")(
-      "reset-every", po::value<std::uint64_t>()->default_value(1000), "one in so many is reset")("help",
-                                                                                                 "show this text");
-  po::variables_map given;
-  po::store(po::parse_command_line(argc, argv, options), given);
-  if (given.contains("help")) {
-    std::cout << options;
-    return 0;
-  }
-  enter_private_environment();
-  if (!missing_privilege().empty()) {
-    fmt::print(stderr, "skipped: {}\n", missing_privilege());
-    return std::getenv("CLUSTERIP_REQUIRE_PRIVILEGE") != nullptr ? 1 : 77;
-  }
+int torture(const po::variables_map& given) {
   if (given.contains("gib")) transfer(given["gib"].as<double>());
   if (given.contains("connections"))
     resets(given["connections"].as<std::uint64_t>(), given["reset-every"].as<std::uint64_t>());
@@ -213,10 +194,10 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    return run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "torture_relay: %s\n", error.what());
-    return 1;
-  }
+  po::options_description options("torture_relay: the userspace engine over a long time");
+  auto add = options.add_options();
+  add("gib", po::value<double>(), "GiB to pass each way");
+  add("connections", po::value<std::uint64_t>(), "short connections to make");
+  add("reset-every", po::value<std::uint64_t>()->default_value(1000), "one in so many is reset");
+  return support::run_program("torture_relay", options, argc, argv, torture);
 }

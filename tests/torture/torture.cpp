@@ -9,7 +9,6 @@
 #include <arpa/inet.h>
 #include <bpf/bpf.h>
 #include <fmt/format.h>
-#include <fmt/ostream.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -31,6 +30,7 @@
 #include "plugin/bpf_engine.h"
 #include "tests/support/cgroup.h"
 #include "tests/support/environment.h"
+#include "tests/support/program.h"
 
 namespace {
 
@@ -173,38 +173,15 @@ std::uint32_t fill_service_map(const std::string& pin) {
   return info.max_entries;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+struct Settings {
   std::uint64_t publications = 0;
   unsigned threads = 0;
   unsigned seconds = 0;
   std::uint64_t expect_errors = 0;
-  po::options_description options("torture: connects under a storm of publications");
-  auto add = options.add_options();
-  add("help", "show this text");
-  add("publications", po::value(&publications)->default_value(100000), "services to publish");
-  add("threads", po::value(&threads)->default_value(4), "threads that connect");
-  add("seconds", po::value(&seconds)->default_value(300), "give up after so long");
-  add("expect-errors", po::value(&expect_errors)->default_value(0), "succeed when at least so many are seen");
-  po::variables_map given;
-  try {
-    po::store(po::parse_command_line(argc, argv, options), given);
-    po::notify(given);
-  } catch (const po::error& error) {
-    fmt::print(stderr, "torture: {}\n", error.what());
-    return 2;
-  }
-  if (given.contains("help")) {
-    fmt::print("{}", fmt::streamed(options));
-    return 0;
-  }
+};
 
-  support::enter_private_environment();
-  if (!support::missing_privilege().empty()) {
-    fmt::print("torture: skipped: {}\n", support::missing_privilege());
-    return std::getenv("CLUSTERIP_REQUIRE_PRIVILEGE") != nullptr ? 1 : 77;
-  }
+int torture(const Settings& settings) {
+  const auto& [publications, threads, seconds, expect_errors] = settings;
   const support::Cgroup cgroup;
   const std::string pin = std::string(support::bpffs) + "/torture";
   auto opened = plugin::BpfEngine::open({.cgroup = cgroup.path(), .pin = pin, .engine_table = false});
@@ -260,4 +237,17 @@ int main(int argc, char** argv) {
   }
   const bool complete = published >= publications && tally.connects.load() >= min_connects;
   return errors() == 0 && complete ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Settings settings;
+  po::options_description options("torture: connects under a storm of publications");
+  auto add = options.add_options();
+  add("publications", po::value(&settings.publications)->default_value(100000), "services to publish");
+  add("threads", po::value(&settings.threads)->default_value(4), "threads that connect");
+  add("seconds", po::value(&settings.seconds)->default_value(300), "give up after so long");
+  add("expect-errors", po::value(&settings.expect_errors)->default_value(0), "succeed when at least so many are seen");
+  return support::run_program("torture", options, argc, argv, [&](const auto&) { return torture(settings); });
 }
