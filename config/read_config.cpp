@@ -10,7 +10,6 @@
 #include <chrono>
 #include <concepts>
 #include <limits>
-#include <optional>
 #include <span>
 #include <utility>
 
@@ -19,8 +18,6 @@
 #include "config/names.h"
 #include "config/nesting.h"
 #include "config/printable.h"
-#include "config/read_full_config.h"
-#include "config/unsupported.h"
 #include "config/validate.h"
 #include "config/values.h"
 
@@ -127,9 +124,6 @@ struct Field {
 
 class Reader {
  public:
-  /// Without a carrier, the whole schema is taken.
-  explicit Reader(std::optional<Carrier> carrier) : carrier_(carrier) {}
-
   std::expected<Config, std::vector<Mistake>> read(std::string_view text);
 
   void mistake(const Value& value, std::string_view expected) {
@@ -229,7 +223,6 @@ class Reader {
     }
   }
 
-  const std::optional<Carrier> carrier_;
   Mistakes mistakes_;
   std::vector<ServicePositions> service_positions_;
 };
@@ -335,15 +328,7 @@ void Reader::table(const Value& value, std::span<const Field<T>> fields, T& out)
       continue;
     }
     ++known;
-    const std::size_t before = mistakes_.count();
     field.read(*this, {&found->second, position_of(found->second.source()), path}, out);
-    if constexpr (requires { is_unsupported(out, field.key, Carrier{}); }) {
-      if (carrier_ && mistakes_.count() == before && is_unsupported(out, field.key, *carrier_)) {
-        const bool fallback_proxy_has_it = !is_unsupported(out, field.key, Carrier::userspace);
-        mistakes_.add(position_of(found->first.source()), path.text(),
-                      fallback_proxy_has_it ? "only fallback_proxy carries this" : "not supported by this version");
-      }
-    }
   }
   if (known == table->size()) return;
 
@@ -382,11 +367,19 @@ void Reader::services(const Value& value, Config& out) {
   elements(value, "tables [[service]]", [&](const Value& element) {
     Service& service = out.services.emplace_back();
     service.position = element.position;
-    ServicePositions& positions = service_positions_.emplace_back(element.position, element.position);
+    ServicePositions& positions = service_positions_.emplace_back();
+    positions.name = positions.vip = element.position;
     toml::table* table = element.node->as_table();
     if (!table) return mistake(element, "a table [[service]]");
     if (const auto* name = table->get("name")) positions.name = position_of(name->source());
     if (const auto* vip = table->get("vip")) positions.vip = position_of(vip->source());
+    const auto key_position = [table](std::string_view key) {
+      const auto found = table->find(key);
+      return found == table->end() ? Position{} : position_of(found->first.source());
+    };
+    positions.proxy_protocol = key_position("proxy_protocol");
+    positions.health = key_position("health");
+    positions.eject = key_position("eject");
     this->table<Service>({element.node, element.position, Path{nullptr, {}, element.path.index, &service}},
                          service_fields, service);
     table->clear();  // the parser's tree is several times as large as the model: give it back while that grows
@@ -417,10 +410,6 @@ std::expected<Config, std::vector<Mistake>> Reader::read(std::string_view text) 
 
 }  // namespace
 
-std::expected<Config, std::vector<Mistake>> read_config(std::string_view text, Carrier carrier) {
-  return Reader(carrier).read(text);
-}
-
-std::expected<Config, std::vector<Mistake>> read_full_config(std::string_view text) { return Reader({}).read(text); }
+std::expected<Config, std::vector<Mistake>> read_config(std::string_view text) { return Reader().read(text); }
 
 }  // namespace config

@@ -23,13 +23,10 @@ struct Mistake {
 /// Files larger than this are refused before they are parsed.
 inline constexpr std::size_t max_text_size = std::size_t{256} * 1024 * 1024;
 
-/// Who is going to carry the services.
-enum class Carrier : std::uint8_t { fast_path, userspace };
-
 /// Parse and validate `text`. Of a syntax error the parser tells the first; of mistakes of meaning, all are returned,
-/// in the order of the text (after 100, a last one without a position says how many more there are). What belongs to
-/// the schema but not to this version of the carrier is a mistake. Pure, may be called from any thread.
-std::expected<Config, std::vector<Mistake>> read_config(std::string_view text, Carrier carrier = Carrier::fast_path);
+/// in the order of the text (after 100, a last one without a position says how many more there are). Pure, may be
+/// called from any thread.
+std::expected<Config, std::vector<Mistake>> read_config(std::string_view text);
 
 /// What is wrong with one service's backends when they come from elsewhere than a file (clusterip_set_backends): the
 /// same rules, without positions. Costs what the list is long; that no backend is some service's VIP is the caller's to

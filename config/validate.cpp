@@ -101,6 +101,19 @@ void check_limits(const Config& config, Mistakes& mistakes) {
   }
 }
 
+/// What speaks of connections means nothing to datagrams.
+void check_udp(const Service& service, std::size_t index, const ServicePositions& positions, Mistakes& mistakes) {
+  if (service.protocol != Protocol::udp) return;
+  const auto report = [&](Position position, std::string_view key, std::string_view why) {
+    mistakes.add(position, fmt::format("{}: {}", service_label(service, index), key),
+                 fmt::format("expected protocol = \"tcp\", {}, got \"udp\"", why));
+  };
+  if (service.proxy_protocol != ProxyProtocol::none)
+    report(positions.proxy_protocol, "proxy_protocol", "as a datagram carries no PROXY header");
+  if (service.health) report(positions.health, "health", "as the check is a TCP connect");
+  if (service.eject) report(positions.eject, "eject", "as only connections are seen to fail");
+}
+
 }  // namespace
 
 std::string service_label(const Service& service, std::size_t index) {
@@ -136,6 +149,7 @@ void validate(const Config& config, const std::vector<ServicePositions>& positio
       }
     }
     check_backend_list(service, i, service.backends, mistakes);
+    check_udp(service, i, positions[i], mistakes);
   }
 
   for (std::size_t i = 0; i < services.size(); ++i) {

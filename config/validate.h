@@ -14,6 +14,9 @@ namespace config {
 struct ServicePositions {
   Position name;
   Position vip;
+  Position proxy_protocol;
+  Position health;
+  Position eject;
 };
 
 /// How messages call a service: by its name, or by its place among the services.

@@ -49,7 +49,7 @@ std::optional<config::Config> read(const std::string& file) {
     spdlog::error("{}", text.error().message);
     return {};
   }
-  auto config = config::read_config(*text, config::Carrier::userspace);
+  auto config = config::read_config(*text);
   if (config) return std::move(*config);
   for (const config::Mistake& mistake : config.error()) spdlog::error("{}", config::render(mistake, *text, file));
   return {};

@@ -167,6 +167,12 @@ Result<Capabilities> probe() {
 }
 
 std::string Capabilities::reason_against(const config::Service& service) const {
+  if (service.engine == config::EngineMode::userspace) {
+    return "it asks for the engine userspace";
+  }
+  if (service.proxy_protocol != config::ProxyProtocol::none) {
+    return "proxy_protocol: only a proxy sends a header";
+  }
   if (service.vip.is_v6() && !hooks.contains(Hook::connect6)) {
     return "this kernel has no cgroup/connect6 programs";
   }

@@ -16,7 +16,6 @@
 
 #include "config/names.h"
 #include "config/read_config.h"
-#include "config/read_full_config.h"
 
 namespace config {
 namespace {
@@ -37,11 +36,6 @@ Lines lines_of(const std::vector<Mistake>& mistakes) {
 
 Lines mistakes_of(std::string_view text) {
   const auto config = read_config(text);
-  return config ? Lines{} : lines_of(config.error());
-}
-
-Lines full_mistakes_of(std::string_view text) {
-  const auto config = read_full_config(text);
   return config ? Lines{} : lines_of(config.error());
 }
 
@@ -237,7 +231,7 @@ const Row rows[] = {
 
 TEST(ReadConfig, ReportsEachMistakeWithPositionAndReason) {
   for (const auto& [text, mistake] : rows)
-    EXPECT_THAT(full_mistakes_of(text), ElementsAre(mistake)) << "of the text\n" << text;
+    EXPECT_THAT(mistakes_of(text), ElementsAre(mistake)) << "of the text\n" << text;
 }
 
 TEST(ReadConfig, ReportsAllMistakesInTheOrderOfTheText) {
@@ -255,7 +249,7 @@ port = 80
 backends = [ "10.0.0.4:80", "10.0.0.4:80" ]
 
 [engine]
-mode = "userspace"
+mode = "kernel"
 watch = 1
 )";
   EXPECT_THAT(mistakes_of(text), ElementsAre(HasSubstr("4:1: service \"a\": zzz: unknown key"),
@@ -266,7 +260,7 @@ watch = 1
                                              HasSubstr("9:8: service \"a\": name: expected a name of its own"),
                                              HasSubstr("10:7: service \"a\": vip: expected a numeric"),
                                              HasSubstr("12:29: service \"a\": backends[1]: expected each backend once"),
-                                             HasSubstr("15:1: engine.mode: only fallback_proxy carries this"),
+                                             HasSubstr("15:8: engine.mode: expected auto, bpf or userspace"),
                                              HasSubstr("16:9: engine.watch: expected true or false, got 1")));
 }
 
@@ -279,14 +273,14 @@ TEST(ReadConfig, ReportsDuplicateVipWithBothPositions) {
 
 TEST(ReadConfig, AcceptsOneVipWithTwoPortsOrTwoProtocols) {
   const std::string second = "[[service]]\nname = \"b\"\nvip = \"10.0.0.1\"\nbackends = []\n";
-  EXPECT_THAT(full_mistakes_of(service(second + "port = 81")), IsEmpty());
-  EXPECT_THAT(full_mistakes_of(service(second + "port = 80\nprotocol = \"udp\"")), IsEmpty());
+  EXPECT_THAT(mistakes_of(service(second + "port = 81")), IsEmpty());
+  EXPECT_THAT(mistakes_of(service(second + "port = 80\nprotocol = \"udp\"")), IsEmpty());
 }
 
 TEST(ReadConfig, AcceptsABackendThatIsTheVipOfAnotherProtocolOrPort) {
   const std::string second = "[[service]]\nname = \"b\"\nvip = \"10.0.0.2\"\nport = 80\nbackends = []\n";
-  EXPECT_THAT(full_mistakes_of(service("backends = [\"10.0.0.2:80\"]\n" + second + "protocol = \"udp\"")), IsEmpty());
-  EXPECT_THAT(full_mistakes_of(service("backends = [\"10.0.0.2:81\"]\n" + second)), IsEmpty());
+  EXPECT_THAT(mistakes_of(service("backends = [\"10.0.0.2:80\"]\n" + second + "protocol = \"udp\"")), IsEmpty());
+  EXPECT_THAT(mistakes_of(service("backends = [\"10.0.0.2:81\"]\n" + second)), IsEmpty());
 }
 
 TEST(ReadConfig, AcceptsALoopbackVip) {
@@ -428,7 +422,7 @@ listen = "[::1]:9464"
 name       = "ns/web:http"
 vip        = "2001:db8::1"
 port       = 53
-protocol   = "udp"
+protocol   = "tcp"
 policy     = "maglev"
 affinity   = "3h"
 client     = "netns"
@@ -444,7 +438,7 @@ backends   = [ "[2001:db8::2]:80", { address = "2001:db8::3", port = 81, weight 
 )";
 
 TEST(ReadConfig, ReadsEveryKeyOfTheSchema) {
-  const auto config = read_full_config(every_key);
+  const auto config = read_config(every_key);
   ASSERT_TRUE(config) << testing::PrintToString(lines_of(config.error()));
   const auto& [engine, limits, userspace, metrics, services] = *config;
   EXPECT_EQ(engine.mode, EngineMode::userspace);
@@ -469,7 +463,7 @@ TEST(ReadConfig, ReadsEveryKeyOfTheSchema) {
   EXPECT_EQ(service.name, "ns/web:http");
   EXPECT_EQ(service.vip.to_string(), "2001:db8::1");
   EXPECT_EQ(service.port, 53);
-  EXPECT_EQ(service.protocol, Protocol::udp);
+  EXPECT_EQ(service.protocol, Protocol::tcp);
   EXPECT_EQ(service.policy, Policy::maglev);
   EXPECT_EQ(service.affinity, 3h);
   EXPECT_EQ(service.client, Client::netns);
@@ -495,49 +489,21 @@ TEST(ReadConfig, ReadsEveryKeyOfTheSchema) {
   EXPECT_EQ(service.backends[1].state, BackendState::drain);
 }
 
-TEST(ReadConfig, RefusesAProxyHeaderForDatagrams) {
-  const auto read = [](std::string_view protocol, std::string_view header) {
-    return read_config(fmt::format("[[service]]\nname = \"a\"\nvip = \"10.0.0.1\"\nport = 80\nproxy_protocol = \"{}\"\n"
-                                   "protocol = \"{}\"\nbackends = []\n",
-                                   header, protocol),
-                       Carrier::userspace);
-  };
-  EXPECT_TRUE(read("tcp", "v2"));
-  EXPECT_TRUE(read("udp", "none"));
-  const auto refused = read("udp", "v2");
-  ASSERT_FALSE(refused);
-  EXPECT_EQ(lines_of(refused.error()), Lines{"5:1: service \"a\": proxy_protocol: not supported by this version"});
+TEST(ReadConfig, RefusesForDatagramsWhatSpeaksOfConnections) {
+  const std::string_view of_connections = "proxy_protocol = \"v2\"\nhealth = {}\neject = {}\n";
+  const std::string label = "service \"a\": ";
+  EXPECT_EQ(mistakes_of(service(std::string(of_connections))), Lines{});
+  EXPECT_EQ(
+      mistakes_of(service(fmt::format("{}protocol = \"udp\"", of_connections))),
+      (Lines{
+          "6:1: " + label +
+              "proxy_protocol: expected protocol = \"tcp\", as a datagram carries no PROXY header, got \"udp\"",
+          "7:1: " + label + "health: expected protocol = \"tcp\", as the check is a TCP connect, got \"udp\"",
+          "8:1: " + label + "eject: expected protocol = \"tcp\", as only connections are seen to fail, got \"udp\""}));
+  EXPECT_EQ(mistakes_of(service("protocol = \"udp\"\nproxy_protocol = \"none\"")), Lines{});
 }
 
-TEST(ReadConfig, RefusesWhatThisVersionDoesNotSupport) {
-  const std::string label = "service \"ns/web:http\": ";
-  constexpr std::string_view nobody = "not supported by this version";
-  constexpr std::string_view fallback_proxy = "only fallback_proxy carries this";
-  Lines expected;
-  const auto refused = [&](int line, std::string_view key, std::string_view why) {
-    expected.push_back(fmt::format("{}:1: {}: {}", line, key, why));
-  };
-  refused(2, "engine.mode", fallback_proxy);
-  refused(5, "engine.on_exit", nobody);
-  refused(7, "engine.watch", nobody);
-  refused(22, "metrics.listen", nobody);
-  refused(31, label + "panic", nobody);
-  refused(33, label + "proxy_protocol", nobody);  // of UDP
-  refused(35, label + "engine", fallback_proxy);
-  refused(36, label + "health", nobody);
-  refused(37, label + "eject", nobody);
-  EXPECT_EQ(mistakes_of(every_key), expected);
-}
-
-TEST(ReadConfig, AcceptsValuesThatMeanWhatThisVersionDoes) {
-  EXPECT_THAT(mistakes_of("[engine]\nmode = \"bpf\"\ncgroup = \"auto\"\non_exit = \"keep\"\npeer_names = false\n"
-                          "watch = false\n" +
-                          service("policy = \"random\"\nmark = 0\npanic = false\nproxy_protocol = \"none\"\n"
-                                  "client = \"cgroup\"\non_remove = \"keep\"\nengine = \"bpf\"\nprotocol = \"tcp\"")),
-              IsEmpty());
-}
-
-TEST(ReadConfig, ReportsAMisspeltWordOnceEvenIfItsFeatureIsNotSupported) {
+TEST(ReadConfig, ProposesTheWordThatIsNear) {
   EXPECT_THAT(mistakes_of(service("policy = \"magelv\"")), ElementsAre(HasSubstr("did you mean \"maglev\"?")));
 }
 
