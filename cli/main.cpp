@@ -26,7 +26,8 @@ namespace po = boost::program_options;
 namespace cli {
 namespace {
 
-constexpr std::array verbs{&check_verb, &probe_verb, &load_verb, &unload_verb, &status_verb, &resolve_verb};
+constexpr std::array verbs{&run_verb,    &check_verb,  &probe_verb, &load_verb,
+                           &unload_verb, &status_verb, &trace_verb, &resolve_verb};
 
 // Options spelt in full: an abbreviation that works today would be ambiguous after the next option.
 constexpr int option_style = po::command_line_style::unix_style & ~po::command_line_style::allow_guessing;
@@ -116,8 +117,11 @@ Outcome run_verb(const Verb& verb, std::span<const std::string> words) {
   }
 
   const auto plugin = load_plugin(value_or_default<std::string>(given, "plugin"));
-  if (!plugin) return std::unexpected(plugin.error());
-  return verb.run(*plugin, {.options = given, .argument = wanted == 0 ? std::string() : arguments.front()});
+  if (!plugin && !verb.works_without_plugin) return std::unexpected(plugin.error());
+  const Plugin none;
+  return verb.run(plugin ? *plugin : none, {.options = given,
+                                            .argument = wanted == 0 ? std::string() : arguments.front(),
+                                            .plugin_problem = plugin ? std::string() : plugin.error().message});
 }
 
 Outcome run(std::span<const std::string> words) {

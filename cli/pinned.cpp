@@ -40,7 +40,9 @@ int keep_service(const clusterip_service_info* service, const clusterip_backend_
                                         .state = backend->state,
                                         .connects = backend->connects,
                                         .live = backend->live,
-                                        .reversed = backend->reversed});
+                                        .reversed = backend->reversed,
+                                        .failures = backend->failures,
+                                        .ejected_ms = backend->ejected_ms});
   }
   return 0;
 }

@@ -60,7 +60,10 @@ std::expected<Plugin, Failure> load_plugin(const std::string& path) {
       find(library, "clusterip_check_text", plugin.check_text) && find(library, "clusterip_attach", plugin.attach) &&
       find(library, "clusterip_detach", plugin.detach) && find(library, "clusterip_resolve", plugin.resolve) &&
       find(library, "clusterip_visit_services", plugin.visit_services) &&
-      find(library, "clusterip_canary", plugin.canary) && find(library, "clusterip_close", plugin.close);
+      find(library, "clusterip_canary", plugin.canary) &&
+      find(library, "clusterip_set_backend_state", plugin.set_backend_state) &&
+      find(library, "clusterip_event_fd", plugin.event_fd) &&
+      find(library, "clusterip_read_events", plugin.read_events) && find(library, "clusterip_close", plugin.close);
   if (!complete) {
     return std::unexpected(Failure{.message = fmt::format("{}: {}", plugin.path, dlerror())});
   }

@@ -26,11 +26,14 @@ struct Plugin {
   decltype(&clusterip_open) open = nullptr;
   decltype(&clusterip_load_text) load_text = nullptr;
   decltype(&clusterip_check_text) check_text = nullptr;
+  decltype(&clusterip_set_backend_state) set_backend_state = nullptr;
   decltype(&clusterip_attach) attach = nullptr;
   decltype(&clusterip_detach) detach = nullptr;
   decltype(&clusterip_resolve) resolve = nullptr;
   decltype(&clusterip_visit_services) visit_services = nullptr;
   decltype(&clusterip_canary) canary = nullptr;
+  decltype(&clusterip_event_fd) event_fd = nullptr;
+  decltype(&clusterip_read_events) read_events = nullptr;
   decltype(&clusterip_close) close = nullptr;
 };
 

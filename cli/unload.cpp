@@ -2,10 +2,14 @@
 #include <fmt/format.h>
 
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cli/pinned.h"
 #include "cli/verbs.h"
 #include "config/printable.h"
+#include "config/read_config.h"
+#include "fallback_proxy/local_vips.h"
 
 namespace cli {
 
@@ -16,10 +20,12 @@ namespace po = boost::program_options;
 void describe(po::options_description_easy_init add) {
   add("pin", po::value<std::string>()->default_value(default_pin())->value_name("DIR"),
       "where the fast path is pinned");
+  add("on-exit", po::value<std::string>()->value_name("FILE"),
+      "behind a service that has ended: unload only if FILE says on_exit = \"detach\"; remove the local routes that a "
+      "killed one has left");
 }
 
-Outcome run(const Plugin& plugin, const Given& given) {
-  const auto& pin = given.options["pin"].as<std::string>();
+Outcome unload(const Plugin& plugin, const std::string& pin) {
   const auto something = anything_pinned(pin);
   if (!something) return std::unexpected(something.error());
   if (!*something) {
@@ -38,10 +44,37 @@ Outcome run(const Plugin& plugin, const Given& given) {
   return Exit::fine;
 }
 
+/// Local routes of a userspace engine that was killed. One that runs has locked them: nothing is done.
+void remove_routes() {
+  auto vips = userspace::LocalVips::open();
+  if (vips && vips->warning().empty()) (void)vips->reconcile({});
+}
+
+/// Never a failure for want of a good file: then the fast path stays.
+Outcome act_on_exit(const Plugin& plugin, const std::string& file) {
+  remove_routes();
+  const auto text = config::read_file(file);
+  const auto config = text ? config::read_config(*text) : std::unexpected(std::vector<config::Mistake>());
+  if (!config) {
+    fmt::print("{} is missing or not valid: the fast path stays as it is\n", config::printable(file));
+    return Exit::fine;
+  }
+  if (config->engine.on_exit == config::OnExit::keep) {
+    fmt::print("on_exit is \"keep\": the fast path stays as it is\n");
+    return Exit::fine;
+  }
+  return unload(plugin, config->engine.pin);
+}
+
+Outcome run(const Plugin& plugin, const Given& given) {
+  if (given.options.contains("on-exit")) return act_on_exit(plugin, given.options["on-exit"].as<std::string>());
+  return unload(plugin, given.options["pin"].as<std::string>());
+}
+
 }  // namespace
 
 const Verb unload_verb{.name = "unload",
-                       .usage = "[--pin DIR]",
+                       .usage = "[--pin DIR | --on-exit FILE]",
                        .argument = {},
                        .summary = "detach and unpin the fast path, all of it",
                        .describe = describe,

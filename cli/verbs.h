@@ -16,7 +16,8 @@ namespace cli {
 /// What a verb was called with.
 struct Given {
   const boost::program_options::variables_map& options;
-  std::string argument;  // the one argument that is no option; empty for verbs without one
+  std::string argument;        // the one argument that is no option; empty for verbs without one
+  std::string plugin_problem;  // why there is no plugin, for verbs that work without
 };
 
 struct Verb {
@@ -26,9 +27,10 @@ struct Verb {
   std::string_view summary;
   void (*describe)(boost::program_options::options_description_easy_init add);  // null: no options of its own
   Outcome (*run)(const Plugin& plugin, const Given& given);
+  bool works_without_plugin = false;  // then `plugin.library` may be null
 };
 
-extern const Verb check_verb, probe_verb, load_verb, unload_verb, status_verb, resolve_verb;
+extern const Verb check_verb, probe_verb, load_verb, unload_verb, run_verb, status_verb, trace_verb, resolve_verb;
 
 /// Validate `text` and show each mistake on stderr. False: there were some.
 bool check_text(const Plugin& plugin, std::string_view text, const std::string& name);

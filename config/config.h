@@ -51,11 +51,13 @@ struct Health {
   std::chrono::milliseconds timeout{500};
   std::uint32_t rise = 2;
   std::uint32_t fall = 3;
+  bool operator==(const Health&) const = default;
 };
 
 struct Eject {
   std::uint32_t failures = 3;
   std::chrono::milliseconds time{10000};
+  bool operator==(const Eject&) const = default;
 };
 
 struct Service {

@@ -94,6 +94,11 @@ config::Result<void> ControlClient::receive_more() {
   return {};
 }
 
+void ControlClient::wait_for_ever() {
+  constexpr timeval no_limit{};
+  ::setsockopt(socket_.get(), SOL_SOCKET, SO_RCVTIMEO, &no_limit, sizeof no_limit);
+}
+
 std::optional<config::Fd> ControlClient::take_descriptor() {
   if (descriptors_.empty()) return {};
   config::Fd first = std::move(descriptors_.front());

@@ -29,6 +29,9 @@ class ControlClient {
   config::Result<boost::json::object> receive();
   config::Result<boost::json::object> ask(const boost::json::object& request);
 
+  /// From now on, receive() waits for as long as it takes.
+  void wait_for_ever();
+
   /// The first of the descriptors that have come and that nobody has taken yet. They come before the end of the line
   /// that they belong to.
   std::optional<config::Fd> take_descriptor();

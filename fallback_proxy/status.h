@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
-// What a running proxy tells about itself. The JSON form is a contract: docs/fallback_proxy.md.
+// What the userspace engine tells about itself.
 #pragma once
 
 #include <sys/types.h>
 
-#include <boost/json/object.hpp>
 #include <chrono>
 #include <cstdint>
 #include <string>
@@ -51,7 +50,5 @@ struct Status {
   std::uint64_t connection_limit = 0;
   std::vector<ServiceStatus> services = {};  // in the order of the file
 };
-
-boost::json::object to_json(const Status& status);
 
 }  // namespace userspace

@@ -5,9 +5,9 @@
 
 #include "config/fail.h"
 
-namespace userspace {
+namespace run {
 
 /// What the proxy at the control socket `path` tells about itself: as it sends it (JSON), or as tables for people.
 config::Result<std::string> show_status(const std::string& path, bool json);
 
-}  // namespace userspace
+}  // namespace run

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-2-Clause
-#include "fallback_proxy/control_server.h"
+#include "run/control_server.h"
 
 #include <fmt/format.h>
 #include <sys/socket.h>
@@ -18,7 +18,7 @@
 #include <chrono>
 #include <utility>
 
-namespace userspace {
+namespace run {
 namespace {
 
 using boost::asio::awaitable;
@@ -32,6 +32,7 @@ constexpr std::size_t max_request = 4096;  // bytes
 constexpr auto request_time = 10s;         // for a request to come, and for its answer to be taken
 constexpr auto hand_over_time = 60s;       // for the other process to be ready
 constexpr auto pause_time = 100ms;         // when accepting fails, as it does without descriptors
+constexpr std::size_t max_untold = 8192;   // decisions that a tracer may be behind; what comes then is lost to it
 
 constexpr auto use_tuple = boost::asio::as_tuple(boost::asio::use_awaitable);
 
@@ -82,8 +83,14 @@ struct ControlServer::Session : std::enable_shared_from_this<Session> {
     co_return line;
   }
 
+  void limit_nothing() { deadline.expires_at(Clock::time_point::max()); }
+
   awaitable<bool> write(boost::json::object object) {
     const std::string line = serialize(object) + "\n";
+    co_return co_await write(line);
+  }
+
+  awaitable<bool> write(std::string_view line) {
     const auto [error, length] = co_await boost::asio::async_write(socket, boost::asio::buffer(line), use_tuple);
     co_return !error;
   }
@@ -137,19 +144,66 @@ awaitable<void> ControlServer::converse(std::shared_ptr<Session> session) {
     if (line.empty()) co_return;
     const Request request = parse_request(line);
     if (request.name == "take_over") co_return co_await hand_over(*session, request.protocol);
+    if (request.name == "trace") co_return co_await trace(session);
     bool is_written = false;
     if (request.name == "status")
-      is_written = co_await session->write(to_json(handlers_.status()));
+      is_written = co_await session->write(handlers_.status());
     else
-      is_written = co_await session->fail("a request is \"status\" or \"take_over\", in a JSON object on one line");
+      is_written =
+          co_await session->fail("a request is \"status\", \"trace\" or \"take_over\", in a JSON object on one line");
     if (!is_written) co_return;
   }
 }
 
+awaitable<void> ControlServer::trace(std::shared_ptr<Session> session) {
+  // Shared with what is called for each decision, and with what waits for the end of the connection.
+  struct Untold {
+    explicit Untold(const Socket::executor_type& executor) : news(executor, Clock::time_point::max()) {}
+    std::string lines;
+    std::size_t count = 0;
+    std::uint64_t lost = 0;
+    bool is_over = false;
+    boost::asio::steady_timer news;  // cancelled when there are some
+  };
+  const auto untold = std::make_shared<Untold>(session->socket.get_executor());
+  const auto subscription = handlers_.trace([untold](const boost::json::object& decision) {
+    if (untold->count == max_untold) {
+      ++untold->lost;
+      return;
+    }
+    untold->lines += serialize(decision) + "\n";
+    ++untold->count;
+    untold->news.cancel();
+  });
+  if (!subscription) {
+    co_await session->fail(subscription.error().message);
+    co_return;
+  }
+  // A tracer says nothing more: what can be read is its end.
+  session->socket.async_wait(Socket::wait_read, [untold](const boost::system::error_code&) {
+    untold->is_over = true;
+    untold->news.cancel();
+  });
+  boost::json::object begun{{"tracing", true}};
+  bool is_written = co_await session->write(std::move(begun));
+  while (is_written && !untold->is_over) {
+    if (untold->count == 0) {
+      session->limit_nothing();
+      co_await untold->news.async_wait(use_tuple);
+      continue;
+    }
+    std::string lines = std::exchange(untold->lines, {});
+    if (untold->lost > 0) lines += fmt::format("{{\"lost\":{}}}\n", std::exchange(untold->lost, 0));
+    untold->count = 0;
+    session->limit(request_time);
+    is_written = co_await session->write(lines);
+  }
+}
+
 awaitable<void> ControlServer::hand_over(Session& session, std::int64_t protocol) {
-  if (protocol != hand_over_protocol) {
+  if (protocol != userspace::hand_over_protocol) {
     co_await session.fail(
-        fmt::format("it speaks version {} of the hand-over, not version {}", hand_over_protocol, protocol));
+        fmt::format("it speaks version {} of the hand-over, not version {}", userspace::hand_over_protocol, protocol));
     co_return;
   }
   const auto offered = handlers_.begin_hand_over();
@@ -174,12 +228,12 @@ awaitable<void> ControlServer::hand_over(Session& session, std::int64_t protocol
   }
 }
 
-awaitable<config::Result<void>> ControlServer::offer(Session& session, const Offer& offer) {
-  for (const Message& message : messages(offer, acceptor_.native_handle(), CLUSTERIP_VERSION)) {
+awaitable<config::Result<void>> ControlServer::offer(Session& session, const userspace::Offer& offer) {
+  for (const userspace::Message& message : userspace::messages(offer, acceptor_.native_handle(), CLUSTERIP_VERSION)) {
     std::string_view bytes = message.line;
     std::span<const int> descriptors = message.descriptors;
     while (!bytes.empty()) {
-      const ssize_t sent = send_with_descriptors(session.socket.native_handle(), bytes, descriptors);
+      const ssize_t sent = userspace::send_with_descriptors(session.socket.native_handle(), bytes, descriptors);
       if (sent < 0 && errno == EAGAIN) {
         const auto [error] = co_await session.socket.async_wait(session.socket.wait_write, use_tuple);
         if (error) co_return config::fail(-ETIMEDOUT, "the sockets were not taken in time");
@@ -196,4 +250,4 @@ awaitable<config::Result<void>> ControlServer::offer(Session& session, const Off
   co_return config::Result<void>{};
 }
 
-}  // namespace userspace
+}  // namespace run

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
-// The control socket of the running proxy: a request a line, an answer a line, both JSON objects. See hand_over.h for
-// the one request after which more is said. Used by the control thread only.
+// The control socket of the running service: a request a line, an answer a line, both JSON objects. After "trace" a
+// line follows for each decision; see fallback_proxy/hand_over.h for what follows "take_over". Used by the control
+// thread only.
 #pragma once
 
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/local/stream_protocol.hpp>
+#include <boost/json/object.hpp>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -16,15 +18,16 @@
 #include "config/fail.h"
 #include "config/fd.h"
 #include "fallback_proxy/hand_over.h"
-#include "fallback_proxy/status.h"
 
-namespace userspace {
+namespace run {
 
 /// What the server wants of the program.
 struct ControlHandlers {
-  std::function<Status()> status;
+  std::function<boost::json::object()> status;
+  /// Hands each decision to `tell`, as a JSON object, until what is returned goes.
+  std::function<config::Result<std::shared_ptr<void>>(std::function<void(const boost::json::object&)> tell)> trace;
   /// Until the end of the hand-over, no socket of the offer is closed. An error: this is no moment for it.
-  std::function<config::Result<Offer>()> begin_hand_over;
+  std::function<config::Result<userspace::Offer>()> begin_hand_over;
   /// `is_taken`: the other process serves from now on. Otherwise nothing has changed.
   std::function<void(bool is_taken)> end_hand_over;
 };
@@ -44,8 +47,9 @@ class ControlServer {
 
   boost::asio::awaitable<void> accept();
   boost::asio::awaitable<void> converse(std::shared_ptr<Session> session);
+  boost::asio::awaitable<void> trace(std::shared_ptr<Session> session);
   boost::asio::awaitable<void> hand_over(Session& session, std::int64_t protocol);
-  boost::asio::awaitable<config::Result<void>> offer(Session& session, const Offer& offer);
+  boost::asio::awaitable<config::Result<void>> offer(Session& session, const userspace::Offer& offer);
 
   boost::asio::local::stream_protocol::acceptor acceptor_;
   const std::string path_;
@@ -54,4 +58,4 @@ class ControlServer {
   std::optional<Socket> successor_;  // open until this process ends: that is how the successor sees the end
 };
 
-}  // namespace userspace
+}  // namespace run

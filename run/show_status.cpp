@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-2-Clause
-#include "fallback_proxy/show_status.h"
+#include "run/show_status.h"
 
 #include <fmt/format.h>
 
@@ -12,7 +12,7 @@
 #include "config/values.h"
 #include "fallback_proxy/control_client.h"
 
-namespace userspace {
+namespace run {
 namespace {
 
 using boost::json::object;
@@ -96,7 +96,7 @@ std::string to_text(const object& status) {
 }  // namespace
 
 config::Result<std::string> show_status(const std::string& path, bool json) {
-  auto client = ControlClient::connect(path);
+  auto client = userspace::ControlClient::connect(path);
   if (!client) return std::unexpected(client.error());
   if (!*client) return config::fail(-ECONNREFUSED, "no fallback_proxy listens at " + path);
   const auto status = (*client)->ask({{"request", "status"}});
@@ -109,4 +109,4 @@ config::Result<std::string> show_status(const std::string& path, bool json) {
   }
 }
 
-}  // namespace userspace
+}  // namespace run
