@@ -26,6 +26,9 @@
 #define SOL_SOCKET 1
 #define SO_MARK 36
 
+// A branch that is seldom taken, if ever.
+#define unlikely(condition_) __builtin_expect(!!(condition_), 0)
+
 // A reader that meets a reused element of Service_Map looks again. The element of a stable service is never reused, so
 // only connects to services that are being removed and added back come here, and one more look is nearly always enough.
 #define LOOKUPS 4
@@ -178,6 +181,12 @@ static __always_inline struct counters *counters_at(__u32 index)
 	return bpf_map_lookup_elem(&Stats_Map, &i);
 }
 
+// Of the columns and rings of blocks: the alias of `slot` unless the position falls below its threshold.
+static __always_inline __u32 side_of(const struct slot *slot, __u32 position)
+{
+	return position < slot->threshold ? slot->backend : slot->alias;
+}
+
 static __always_inline void count_reversed(__u32 index)
 {
 	struct counters *counters = counters_at(index);
@@ -296,7 +305,7 @@ static __always_inline __u32 draw(const struct service *service, __u32 random, s
 
 	if (!load_slot(service, product >> 32, slot))
 		return 0;
-	return (__u32)product < slot->threshold ? slot->backend : slot->alias;
+	return side_of(slot, (__u32)product);
 }
 
 // The turn is read and then added to, not fetched by one atomic step, which kernels before 5.12 lack: two connects at
@@ -364,7 +373,76 @@ static __always_inline __u32 apply_policy(const struct service *service, __u32 p
 	return draw(service, random >> 32, &slot);
 }
 
-// The backend that the client had before, unless it has left, drains, or the time is over.
+// Whether new connections may go to the backend, as far as its state says.
+static __always_inline bool takes_new(const struct backend_record *backend)
+{
+	return backend->state == BACKEND_ACTIVE || backend->state == BACKEND_TRIED;
+}
+
+static __always_inline bool is_ejected(const struct backend_record *backend, __u64 now)
+{
+	return *(volatile __u64 *)&backend->ejected_until > now;
+}
+
+// The entry of a block with BLOCK_EJECT that says when backends are ejected.
+static __always_inline const struct block_eject *eject_of(__u32 header, __u32 slots)
+{
+	__u32 at = header + 1 + slots;
+	union block_entry *entry = bpf_map_lookup_elem(&Slot_Map, &at);
+
+	return entry ? &entry->eject : NULL;
+}
+
+// Instead of a backend that is ejected: another draw by weight, and when a few of those fail, too, the first of its group
+// that is not ejected, from a place of chance. There is one, since at most half of them are. `random` is the client's hash
+// with Maglev: so each client keeps its second choice as it keeps the first.
+static __always_inline __u32 avoid_ejected(const struct service *service, __u32 policy, __u64 random, __u32 chosen)
+{
+	const bool has_sides = policy == POLICY_RANDOM || policy == POLICY_LEAST_CONN;
+	struct backend_record *backend = bpf_map_lookup_elem(&Backend_Map, &chosen);
+	if (!backend || !*(volatile __u64 *)&backend->ejected_until)
+		return chosen;
+	__u64 now = bpf_ktime_get_ns();
+	if (!is_ejected(backend, now))
+		return chosen;
+
+#pragma clang loop unroll(full)
+	for (int i = 0; i < EJECT_REDRAWS; i++) {
+		struct slot slot = {};
+		random = hash_mix(random);
+		__u64 product = (random >> 32) * service->slots;
+		if (!load_slot(service, product >> 32, &slot))
+			return chosen;
+		__u32 other = has_sides ? side_of(&slot, (__u32)product) : slot.backend;
+		struct backend_record *record = bpf_map_lookup_elem(&Backend_Map, &other);
+		if (record && !is_ejected(record, now))
+			return other;
+	}
+
+	const struct block_eject *eject = eject_of(service->header, service->slots);
+	__u32 place = *(volatile __u32 *)&backend->place;
+	if (!eject || place >= eject->members)
+		return chosen;
+	struct eject_group group = eject_group_of(place, eject->members);
+	__u32 first = service->header + eject->first + group.first;
+	__u32 at = ((__u64)(__u32)random * group.size) >> 32;
+
+#pragma clang loop unroll(full)
+	for (__u32 i = 0; i < EJECT_GROUP; i++) {
+		__u32 index = first + at;
+		union block_entry *member = bpf_map_lookup_elem(&Slot_Map, &index);
+		if (i >= group.size || !member)
+			return chosen;
+		__u32 other = member->slot.backend;
+		struct backend_record *record = bpf_map_lookup_elem(&Backend_Map, &other);
+		if (record && !is_ejected(record, now))
+			return other;
+		at = at + 1 < group.size ? at + 1 : 0;
+	}
+	return chosen;
+}
+
+// The backend that the client had before, unless it has left, drains, is ejected, or the time is over.
 static __always_inline bool recall(const struct affinity_key *key, const struct block_header *header, __u32 *index)
 {
 	struct affinity *affinity = bpf_map_lookup_elem(&Affinity_Map, key);
@@ -377,7 +455,7 @@ static __always_inline bool recall(const struct affinity_key *key, const struct 
 	if (copy.key.client != key->client || copy.key.record != key->record || now >= copy.expires)
 		return false;
 	struct backend_record *backend = bpf_map_lookup_elem(&Backend_Map, &copy.backend);
-	if (!backend || backend->record != key->record || backend->state != BACKEND_ACTIVE)
+	if (!backend || backend->record != key->record || !takes_new(backend) || is_ejected(backend, now))
 		return false;
 	affinity->expires = now + (__u64)header->affinity * AFFINITY_UNIT_MS * 1000000;
 	*index = copy.backend;
@@ -407,7 +485,7 @@ static __always_inline enum verdict refuse(const struct service *service, const 
 }
 
 // Chooses a backend of the service that find_service() has found.
-static __always_inline enum verdict choose(struct bpf_sock_addr *ctx, struct decision *decision)
+static __always_inline enum verdict choose(struct bpf_sock_addr *ctx, struct decision *decision, bool can_eject)
 {
 	const struct service *service = &decision->service;
 	union block_entry *block = bpf_map_lookup_elem(&Slot_Map, &service->header);
@@ -429,13 +507,16 @@ static __always_inline enum verdict choose(struct bpf_sock_addr *ctx, struct dec
 	decision->mark = header->mark;
 	if (header->affinity || header->policy == POLICY_MAGLEV)
 		key.client = client_of(ctx, header->client);
-	if (!header->affinity) {
-		decision->backend = apply_policy(service, header->policy, key.client, random);
-	} else if (recall(&key, header, &decision->backend)) {
+	if (header->affinity && recall(&key, header, &decision->backend)) {
 		decision->reason = REASON_AFFINITY;
 	} else {
 		decision->backend = apply_policy(service, header->policy, key.client, random);
-		remember(&key, header, decision->backend);
+		if (can_eject && has_sock_ops && unlikely(header->flags & BLOCK_EJECT))
+			decision->backend = avoid_ejected(service, header->policy,
+							  header->policy == POLICY_MAGLEV ? hash_mix(key.client) : random,
+							  decision->backend);
+		if (header->affinity)
+			remember(&key, header, decision->backend);
 	}
 	WIDEN_WINDOW();
 	decision->record = bpf_map_lookup_elem(&Backend_Map, &decision->backend);
@@ -463,25 +544,42 @@ static __always_inline int answer(enum verdict verdict)
 	return 0;
 }
 
-// Tells whoever listens. Nobody does, nearly always: that costs one load.
+// An event for whoever listens, to be filled and submitted. Nobody does, nearly always: that costs one load.
+static __always_inline struct event *begin_event(void)
+{
+	__u32 first = 0;
+	struct meta_record *meta = bpf_map_lookup_elem(&Meta_Map, &first);
+	if (!meta || !meta->events_until)
+		return NULL;
+	__u64 now = bpf_ktime_get_ns();
+	if (now >= meta->events_until)
+		return NULL;
+	struct event *event = bpf_ringbuf_reserve(&Event_Ring, sizeof(*event), 0);
+	if (!event) { // whoever listens is too slow
+		__sync_fetch_and_add(&meta->lost_events, 1);
+		return NULL;
+	}
+	__builtin_memset(event, 0, sizeof(*event));
+	event->time = now;
+	event->lost = *(volatile __u64 *)&meta->lost_events;
+	return event;
+}
+
+static __always_inline void name_service(struct event *event, __u32 index)
+{
+	struct service_record *record = bpf_map_lookup_elem(&Record_Map, &index);
+	if (record)
+		__builtin_memcpy(event->service, record->name, sizeof(event->service));
+}
+
 static __always_inline void tell(struct bpf_sock_addr *ctx, const struct service_key *key,
 				 const struct decision *decision, enum verdict verdict)
 {
-	__u32 first = 0;
-
 	if (!can_events)
 		return;
-	struct meta_record *meta = bpf_map_lookup_elem(&Meta_Map, &first);
-	if (!meta || !meta->events_until)
-		return;
-	__u64 now = bpf_ktime_get_ns();
-	if (now >= meta->events_until)
-		return;
-	struct event *event = bpf_ringbuf_reserve(&Event_Ring, sizeof(*event), 0);
+	struct event *event = begin_event();
 	if (!event)
-		return; // whoever listens is too slow
-	__builtin_memset(event, 0, sizeof(*event));
-	event->time = now;
+		return;
 	event->cookie = bpf_get_socket_cookie(ctx);
 	event->cgroup = bpf_get_current_cgroup_id();
 	event->pid = bpf_get_current_pid_tgid() >> 32;
@@ -505,9 +603,10 @@ static __always_inline void tell(struct bpf_sock_addr *ctx, const struct service
 		event->backend_port = decision->record->port;
 	}
 	if (verdict != NO_SERVICE && verdict != CONTENDED) {
-		struct service_record *record = bpf_map_lookup_elem(&Record_Map, &decision->service.record);
-		if (record)
-			__builtin_memcpy(event->service, record->name, sizeof(event->service));
+		struct slot slot = {};
+		if (decision->service.slots && load_slot(&decision->service, 0, &slot))
+			event->backends = slot.choices;
+		name_service(event, decision->service.record);
 	}
 	bpf_ringbuf_submit(event, 0);
 }
@@ -561,6 +660,7 @@ static __always_inline void begin_session(struct bpf_sock_addr *ctx, struct sess
 	session->backend = decision->backend;
 	session->record = decision->service.record;
 	session->flags = decision->flags;
+	session->trying = 0;
 	if (can_mark && decision->flags & BLOCK_MARK) {
 		__u32 mark = decision->mark;
 		session->mark_before = ctx->sk->mark;
@@ -604,22 +704,31 @@ static __always_inline enum verdict decide_connect(struct bpf_sock_addr *ctx, co
 			return PASS;
 	}
 	if (verdict == REWRITTEN)
-		verdict = choose(ctx, decision);
+		verdict = choose(ctx, decision, true);
 	if (has_sessions && verdict == REWRITTEN && decision->flags & BLOCK_SESSION)
 		begin_session(ctx, session, key, decision);
 	tell(ctx, key, decision, verdict);
 	return verdict;
 }
 
-// Whether the backend that a socket was given is still one of the service's that takes what is sent.
-static __always_inline struct backend_record *still_serves(__u32 index, __u32 record, const __be32 address[4],
+// The backend that a socket was given, unless its index has become another one's.
+static __always_inline struct backend_record *same_backend(__u32 index, __u32 record, const __be32 address[4],
 							   __be16 port)
 {
 	struct backend_record *backend = bpf_map_lookup_elem(&Backend_Map, &index);
 	if (!backend || backend->record != record || backend->port != port || backend->address[0] != address[0] ||
 	    backend->address[1] != address[1] || backend->address[2] != address[2] || backend->address[3] != address[3])
 		return NULL;
-	return backend->state == BACKEND_ACTIVE || backend->state == BACKEND_DRAIN ? backend : NULL;
+	return backend;
+}
+
+// The same, if it is still one of the service's that takes what is sent.
+static __always_inline struct backend_record *still_serves(__u32 index, __u32 record, const __be32 address[4],
+							   __be16 port)
+{
+	struct backend_record *backend = same_backend(index, record, address, port);
+
+	return backend && (takes_new(backend) || backend->state == BACKEND_DRAIN) ? backend : NULL;
 }
 
 // Hides from the compiler where a pointer comes from. Otherwise it makes one address of several that differ by a constant,
@@ -699,7 +808,7 @@ static __always_inline enum verdict decide_send(struct bpf_sock_addr *ctx, const
 	if (flows && recall_flow(flows, key, decision, &place) && decision->record)
 		return REWRITTEN;
 
-	verdict = choose(ctx, decision);
+	verdict = choose(ctx, decision, false);
 	if (verdict == REWRITTEN) {
 		if (!flows)
 			flows = bpf_sk_storage_get(&Flow_Map, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
@@ -920,6 +1029,131 @@ int sock_release(struct bpf_sock *sk)
 	return 1;
 }
 
+// How many of a group are ejected, but for one. Adding up signs leaves the verifier one way through.
+static __always_inline __u32 count_ejected(__u32 first, __u32 size, __u32 but, __u64 now)
+{
+	__u32 count = 0;
+
+#pragma clang loop unroll(full)
+	for (__u32 i = 0; i < EJECT_GROUP; i++) {
+		__u32 at = first + i;
+		union block_entry *member = bpf_map_lookup_elem(&Slot_Map, &at);
+		if (i >= size || !member)
+			break;
+		__u32 index = member->slot.backend;
+		struct backend_record *record = bpf_map_lookup_elem(&Backend_Map, &index);
+		if (record && index != but)
+			count += (now - *(volatile __u64 *)&record->ejected_until) >> 63;
+	}
+	return count;
+}
+
+// A connect has failed: ejects its backend when that was one too many in a row. Without a lock: CPUs that eject two of a
+// group at once each see the other, and never leave more than half of it ejected.
+static __always_inline void fail_backend(struct bpf_sock_ops *ctx, const struct session *session,
+					 struct backend_record *backend)
+{
+	__u64 now = bpf_ktime_get_ns();
+	__u32 ejections = *(volatile __u32 *)&backend->ejections; // before the next: see below
+	if (is_ejected(backend, now))
+		return; // the connect began before that
+	__u32 record = session->record;
+	struct service_record *service = bpf_map_lookup_elem(&Record_Map, &record);
+	if (!service)
+		return;
+	__u64 word = *(volatile __u64 *)&service->word;
+	__u32 header = (__u32)word;
+	union block_entry *block = bpf_map_lookup_elem(&Slot_Map, &header);
+	if (!word || !block || !(block->header.flags & BLOCK_EJECT))
+		return;
+	const struct block_eject *eject = eject_of(header, word >> 32);
+	if (!eject)
+		return;
+
+	__u32 place = *(volatile __u32 *)&backend->place;
+	if (place >= eject->members)
+		return;
+
+	// Added, then read: of two connects that fail at once, at least one sees both.
+	__sync_fetch_and_add(&backend->failures, 1);
+	if (*(volatile __u32 *)&backend->failures < eject->failures)
+		return;
+	struct eject_group group = eject_group_of(place, eject->members);
+	__u32 first = header + eject->first + group.first;
+	__u32 self = header + eject->first + place;
+	union block_entry *member = bpf_map_lookup_elem(&Slot_Map, &self);
+	if (!member || member->slot.backend != session->backend)
+		return; // the block is being replaced: the next failure will do
+	if (2 * (count_ejected(first, group.size, session->backend, now) + 1) > group.size)
+		return;
+
+	__u32 doublings = ejections < EJECT_DOUBLINGS ? ejections : EJECT_DOUBLINGS;
+	*(volatile __u64 *)&backend->ejected_until = now + (((__u64)eject->time * 1000000) << doublings);
+	// An atomic add of nothing, so that others, and who publishes a new block, see what was stored before we look at theirs. (Where it
+	// is no barrier, as on arm64, more than half may be ejected until a time is over: choices fall back on the first.)
+	__u64 nothing = 0;
+	OPAQUE(nothing);
+	__sync_fetch_and_add(&backend->ejected_until, nothing);
+	if (*(volatile __u64 *)&service->word != word ||
+	    2 * (count_ejected(first, group.size, session->backend, now) + 1) > group.size) {
+		*(volatile __u64 *)&backend->ejected_until = 0;
+		return;
+	}
+	// A plain store of what was read first: who fails here at the same moment does not double the time twice.
+	*(volatile __u32 *)&backend->ejections = ejections + 1;
+	if (!can_events)
+		return;
+	struct event *event = begin_event();
+	if (!event)
+		return;
+	event->cookie = bpf_get_socket_cookie(ctx);
+	event->asked = session->asked;
+	event->verdict = EVENT_EJECTED;
+	event->backends = eject->members;
+	__builtin_memcpy(event->backend, session->address, sizeof(event->backend));
+	event->backend_port = session->port;
+	name_service(event, session->record);
+	bpf_ringbuf_submit(event, 0);
+}
+
+// A connection stands: the row of failures is over. One that began before an ejection does not end that.
+static __always_inline void restore_backend(struct backend_record *backend)
+{
+	__u64 until = *(volatile __u64 *)&backend->ejected_until;
+	if (until && bpf_ktime_get_ns() < until)
+		return;
+	if (until)
+		*(volatile __u64 *)&backend->ejected_until = 0;
+	if (*(volatile __u32 *)&backend->failures)
+		*(volatile __u32 *)&backend->failures = 0;
+	if (*(volatile __u32 *)&backend->ejections)
+		*(volatile __u32 *)&backend->ejections = 0;
+}
+
+// The connection stands, or has failed. To give up before it stands, by close(), is a failure, too: that is how applications
+// find that a host is gone.
+static __always_inline void end_attempt(struct bpf_sock_ops *ctx, struct session *session, __u32 state)
+{
+	if (state != BPF_TCP_CLOSE && state != BPF_TCP_ESTABLISHED)
+		return;
+	session->trying = 0;
+	if (state == BPF_TCP_ESTABLISHED && !(session->flags & BLOCK_EJECT))
+		return;
+	struct backend_record *backend =
+		same_backend(session->backend, session->record, session->address, session->port);
+	if (!backend)
+		return;
+	if (state == BPF_TCP_ESTABLISHED) {
+		restore_backend(backend);
+		return;
+	}
+	struct counters *counters = counters_at(stats_backends + session->backend);
+	if (counters)
+		__sync_fetch_and_add(&counters->failures, 1);
+	if (session->flags & BLOCK_EJECT)
+		fail_backend(ctx, session, backend);
+}
+
 // The fate of a connection that was rewritten: no hook above runs when it fails or is torn down. It counts from its SYN on,
 // since from there on every way ends in TCP_CLOSE.
 SEC("sockops")
@@ -934,13 +1168,17 @@ int sock_ops(struct bpf_sock_ops *ctx)
 	if (!session)
 		return 1;
 	if (ctx->op == BPF_SOCK_OPS_STATE_CB) {
-		if (ctx->args[1] == BPF_TCP_CLOSE)
+		__u32 state = ctx->args[1];
+		if (session->trying)
+			end_attempt(ctx, session, state);
+		if (state == BPF_TCP_CLOSE)
 			give_back(session);
 		return 1;
 	}
 	__u32 index = session->backend;
 	struct backend_record *backend = bpf_map_lookup_elem(&Backend_Map, &index);
 	if (backend && session->asked.protocol) {
+		session->trying = 1;
 		count_session(session, backend);
 		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	}

@@ -6,7 +6,7 @@
  *   Filter_Map    array        a bit for each VIP, by vip_hash(): an address whose bit is 0 is none of ours
  *   Service_Map   hash         service_key -> record index; inserted once, never changed
  *   Record_Map    array        record index -> service_record; its `word` is what publishes a service
- *   Slot_Map      array        blocks: a block_header, then the service's slots
+ *   Slot_Map      array        blocks: a block_header, the service's slots, and with BLOCK_EJECT a block_eject and members
  *   Backend_Map   array        backend index -> backend_record; an index stays with its backend across reloads
  *   Stats_Map     array        shard * stats_per_shard + (record index | records + backend index) -> counters
  *   Meta_Map      array        one meta_record: what an adopting process needs to know
@@ -34,7 +34,7 @@
 #endif
 
 /* Any change of a struct or of a meaning below needs a new version: pinned state of another one is refused. */
-#define LAYOUT_VERSION 2
+#define LAYOUT_VERSION 3
 #define LAYOUT_MAGIC 0x70697375 /* "usip" in memory */
 
 #define SERVICE_NAME_SIZE 160 /* with the terminating NUL; "namespace/name:port" of Kubernetes needs 144 */
@@ -103,18 +103,21 @@ enum client { /* who is one client to affinity and maglev */
 #define BLOCK_RESET 8u   /* connections of a backend that leaves are ended; for user space */
 #define BLOCK_KEEP 16u   /* connected UDP sockets are left alone, too; for user space */
 #define BLOCK_LEFT 32u   /* left to the userspace engine: no slots, NO_BACKEND_PASS; for user space */
+#define BLOCK_EJECT 64u  /* backends are ejected: a block_eject follows the slots */
+#define BLOCK_PANIC 128u /* when all backends are down, the slots name those; for user space */
+#define BLOCK_HEALTH 256u /* something checks the backends: down states outlast a load; for user space */
 
 #define AFFINITY_UNIT_MS 10 /* a year has to fit into 32 bits */
 
 /* The first entry of a block; 16 bytes, as a slot. */
 struct block_header {
-	__u8 no_backend; /* enum no_backend */
-	__u8 policy;     /* enum policy */
-	__u8 client;     /* enum client */
-	__u8 flags;      /* BLOCK_* */
-	__u32 record;    /* owner: the service's record index */
-	__u32 affinity;  /* in AFFINITY_UNIT_MS after the last connect; 0: none */
-	__u32 mark;      /* SO_MARK */
+	__u8 no_backend : 4; /* enum no_backend */
+	__u8 client : 4;     /* enum client */
+	__u8 policy;         /* enum policy */
+	__u16 flags;         /* BLOCK_* */
+	__u32 record;        /* owner: the service's record index */
+	__u32 affinity;      /* in AFFINITY_UNIT_MS after the last connect; 0: none */
+	__u32 mark;          /* SO_MARK */
 };
 LAYOUT_ASSERT(sizeof(struct block_header) == 16, "a header takes one slot");
 
@@ -126,13 +129,54 @@ struct slot {
 	__u32 threshold;
 	__u32 backend; /* index in Backend_Map */
 	__u32 alias;   /* index in Backend_Map */
-	__u32 zero;
+	__u32 choices; /* in the first slot of a block: how many backends its slots name. Elsewhere 0 */
 };
 LAYOUT_ASSERT(sizeof(struct slot) == 16, "a slot takes 16 bytes");
+
+/*
+ * With BLOCK_EJECT, the entry after the last slot. The *members* of the service, the backends that its slots name, each once,
+ * are `members` entries, of which only slot.backend has a meaning: in an alias table the slots themselves, else entries
+ * of their own.
+ */
+struct block_eject {
+	__u32 time;     /* ms, of the first ejection in a row */
+	__u16 failures; /* in a row, after which a backend is ejected */
+	__u16 zero;
+	__u32 members;
+	__u32 first; /* where they begin, counted from the header */
+};
+LAYOUT_ASSERT(sizeof(struct block_eject) == 16, "as a slot");
+
+#define EJECT_DOUBLINGS 4 /* the time doubles with each ejection in a row, up to 16 times the first */
+
+/*
+ * Members are looked at in groups of at most this many, since programs have no loops. At most half of each group is
+ * ejected, and so of the service.
+ */
+#define EJECT_GROUP 32
+
+#define EJECT_REDRAWS 3 /* draws by weight for a connect whose backend is ejected, before its group is gone through */
+
+struct eject_group {
+	__u32 first; /* among the members */
+	__u32 size;
+};
+
+/* The group of the member at `place`, of `members` (not 0): of equal size, as near as can be. */
+static inline __attribute__((always_inline)) struct eject_group eject_group_of(__u32 place, __u32 members)
+{
+	__u32 groups = (members + EJECT_GROUP - 1) / EJECT_GROUP; /* [g * members / groups, (g + 1) * members / groups) */
+	__u32 group = ((place + 1) * groups - 1) / members;
+	__u32 first = group * members / groups;
+	struct eject_group result = { first, (group + 1) * members / groups - first };
+
+	return result;
+}
 
 union block_entry {
 	struct block_header header;
 	struct slot slot;
+	struct block_eject eject;
 };
 LAYOUT_ASSERT(sizeof(union block_entry) == 16, "Slot_Map's value");
 
@@ -141,8 +185,12 @@ enum backend_state {
 	BACKEND_ACTIVE = 1,
 	BACKEND_DRAIN = 2, /* gets no new connection: no slot names it */
 	BACKEND_DOWN = 3,  /* the same; what unconnected sockets send goes elsewhere, too */
+	BACKEND_TRIED = 4, /* down, but so are all others of a service with BLOCK_PANIC: used as if it were active */
 };
 
+#define NO_PLACE 0xffffffffu
+
+/* What comes after `live` stays 0 (and `place` NO_PLACE) unless the service has BLOCK_EJECT. */
 struct backend_record {
 	__be32 address[4];
 	__be16 port;
@@ -151,15 +199,20 @@ struct backend_record {
 	__u32 weight;
 	__u32 record; /* owner: the service's record index */
 	__u32 live;   /* sessions that have counted themselves here; changed by atomic adds only */
+	__u64 ejected_until; /* CLOCK_MONOTONIC, ns; 0: not ejected */
+	__u32 failures;  /* connects that failed in a row, those of before an ejection included */
+	__u32 ejections; /* in a row */
+	__u32 place;     /* among the members of the service's block; for a moment, of the block before */
+	__u32 zeroes[3];
 };
-LAYOUT_ASSERT(sizeof(struct backend_record) == 32, "two in a cache line");
+LAYOUT_ASSERT(sizeof(struct backend_record) == 64, "a cache line");
 
 /* Counted by atomic adds in the shard of the CPU, so that they are exact and CPUs seldom share a line. */
 struct counters {
 	__u64 connects; /* choices of a backend: rewritten connects, and flows of unconnected sockets */
 	__u64 refused;  /* connects refused for want of a backend; services only */
 	__u64 reversed; /* addresses shown as the VIP: getpeername(), and the sender of a datagram */
-	__u64 reserved;
+	__u64 failures; /* connects that failed; backends only, and sessions that sock_ops sees */
 };
 LAYOUT_ASSERT(sizeof(struct counters) == 32, "Stats_Map's value");
 
@@ -175,7 +228,7 @@ struct session {
 	__u32 flags; /* BLOCK_* of the service when it was asked */
 	__be32 address[4];
 	__be16 port;
-	__u16 zero;
+	__u16 trying;      /* 1: from the SYN of a TCP connection until it stands or has failed */
 	__u32 backend;     /* index in Backend_Map */
 	__u32 record;      /* index in Record_Map */
 	__u32 mark_before; /* with BLOCK_MARK: the socket's mark before ours */
@@ -223,6 +276,7 @@ enum event_verdict {
 	EVENT_NO_BACKEND = 2,
 	EVENT_NO_SERVICE = 3,
 	EVENT_CONTENDED = 4,
+	EVENT_EJECTED = 5, /* the backend, after failed connects; no decision about a connect() */
 };
 
 enum event_reason {
@@ -245,11 +299,13 @@ struct event {
 	__u8 reason;  /* enum event_reason */
 	__u32 pid;
 	__u32 error; /* errno of a refusal */
-	__u32 zero[2];
+	__u32 backends; /* that there were to choose from */
+	__u32 zero;
+	__u64 lost; /* meta_record's, at this time */
 	char comm[COMM_SIZE];
 	char service[SERVICE_NAME_SIZE];
 };
-LAYOUT_ASSERT(sizeof(struct event) == 256, "Event_Ring's element");
+LAYOUT_ASSERT(sizeof(struct event) == 264, "Event_Ring's element");
 
 #define CGROUP_PATH_SIZE 4096 /* PATH_MAX */
 
@@ -262,6 +318,7 @@ struct meta_record {
 
 	__u64 generation; /* odd while a change is being published */
 	__u64 events_until; /* CLOCK_MONOTONIC, ns: until then, decisions are written to Event_Ring */
+	__u64 lost_events;  /* that Event_Ring had no room for */
 	__u32 services;     /* capacity; the sizes of all maps follow from these and the shards */
 	__u32 backends;
 	__u32 entries; /* of Slot_Map, half of them */
@@ -274,7 +331,7 @@ struct meta_record {
 	__u32 zero;
 };
 #define META_PEER_NAMES 1u /* blocks are written with BLOCK_NAMED */
-LAYOUT_ASSERT(sizeof(struct meta_record) == 72 + CGROUP_PATH_SIZE, "Meta_Map's value");
+LAYOUT_ASSERT(sizeof(struct meta_record) == 80 + CGROUP_PATH_SIZE, "Meta_Map's value");
 
 /*
  * The canary: a reserved VIP that proves the hook at work with connected UDP sockets, that is without traffic.

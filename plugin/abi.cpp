@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <new>
 #include <optional>
@@ -260,6 +261,9 @@ int visit_one(const plugin::ServiceStatus& status, clusterip_service_visitor vis
     backend_info.port = backend.port;
     backend_info.live = status.backends[i].live;
     backend_info.reversed = status.backends[i].counted.reversed;
+    backend_info.failures = status.backends[i].counted.failures;
+    backend_info.ejected_ms = static_cast<std::uint32_t>(
+        std::min<std::int64_t>(status.backends[i].ejected.count(), std::numeric_limits<std::uint32_t>::max()));
     if (const int stop = visit(&info, &backend_info, user); stop != 0) {
       return stop;
     }
@@ -273,8 +277,8 @@ static_assert(std::is_standard_layout_v<clusterip_error> && std::is_standard_lay
 #if __SIZEOF_POINTER__ == 8
 static_assert(sizeof(clusterip_error) == 536 && sizeof(clusterip_options) == 32);
 static_assert(sizeof(clusterip_capabilities) == 272 && sizeof(clusterip_backend) == 32);
-static_assert(sizeof(clusterip_service_info) == 96 && sizeof(clusterip_backend_info) == 56);
-static_assert(sizeof(clusterip_event) == 488);
+static_assert(sizeof(clusterip_service_info) == 96 && sizeof(clusterip_backend_info) == 72);
+static_assert(sizeof(clusterip_event) == 504);
 static_assert(sizeof(clusterip_resolution) == 312 && sizeof(clusterip_canary_result) == 16);
 #endif
 
@@ -549,7 +553,9 @@ int clusterip_read_events(clusterip* handle, clusterip_event_visitor visit, void
       out.error = static_cast<std::int32_t>(seen.error);
       out.protocol = seen.asked.protocol;
       write_sockaddr(plugin::decode_address(seen.asked.address), ntohs(seen.asked.port), out.vip);
-      if (seen.verdict == EVENT_REWRITTEN) {
+      out.backends = seen.backends;
+      out.lost = seen.lost;
+      if (seen.verdict == EVENT_REWRITTEN || seen.verdict == EVENT_EJECTED) {
         write_sockaddr(plugin::decode_address(seen.backend), ntohs(seen.backend_port), out.backend);
       }
       std::memcpy(out.comm, seen.comm, sizeof out.comm);

@@ -19,6 +19,7 @@
 #include "config/read_config.h"
 #include "plugin/bpf_object.h"
 #include "plugin/carry_counts.h"
+#include "plugin/ejection.h"
 #include "plugin/socket_sweep.h"
 
 namespace plugin {
@@ -73,21 +74,26 @@ config::Service pass_entry(const config::Service& service) {
 
 bool is_left_out(const config::Service& service) { return service.engine == config::EngineMode::userspace; }
 
+constexpr const char* mode_userspace = "engine.mode is \"userspace\"";
+
 std::string refusal_of(const config::Service& service, const std::string& reason) {
   return "service \"" + service.name + "\": " + reason + "; the userspace engine (fallback_proxy) can carry it";
 }
 
-/// Different backends that the slots of a block name.
+/// Different backends that the slots of a block name and that are not ejected.
 std::uint32_t count_choices(const Maps& maps, const Block& block) {
+  const std::uint64_t now = monotonic_now();
   std::set<std::uint32_t> backends;
   for (const auto& entry : maps.slots().subspan(block.header + 1, block.slots)) {
-    backends.insert(entry.slot.backend);
+    if (entry.slot.backend < maps.backends().size() && !is_ejected(maps.backends()[entry.slot.backend], now)) {
+      backends.insert(entry.slot.backend);
+    }
   }
   return static_cast<std::uint32_t>(backends.size());
 }
 
 /// The same rule as apply_policy() of clusterip.bpf.c; to Maglev and affinity, each call is a client of its own.
-std::uint32_t choose(const Maps& maps, const service_record& record, const Block& block) {
+std::uint32_t apply_policy(const Maps& maps, const service_record& record, const Block& block) {
   const auto slot = [&](std::uint32_t at) { return maps.slots()[block.header + 1 + at].slot; };
   const auto [column, position] = balance::place(arc4random(), block.slots);
   const auto& drawn = slot(column);
@@ -117,6 +123,49 @@ std::uint32_t choose(const Maps& maps, const service_record& record, const Block
   const std::uint64_t first_load = std::uint64_t{read_live(backends[first])} * backends[second].weight;
   const std::uint64_t second_load = std::uint64_t{read_live(backends[second])} * backends[first].weight;
   return second_load < first_load ? second : first;
+}
+
+/// The same rule as choose() of clusterip.bpf.c.
+std::uint32_t choose(const Maps& maps, const service_record& record, const Block& block) {
+  const std::uint32_t chosen = apply_policy(maps, record, block);
+  const auto backends = maps.backends();
+  const std::uint64_t now = monotonic_now();
+  const auto can_be = [&](std::uint32_t index) { return index < backends.size() && !is_ejected(backends[index], now); };
+  const auto& header = maps.slots()[block.header].header;
+  if (chosen >= backends.size() || can_be(chosen) || (header.flags & BLOCK_EJECT) == 0) {
+    return chosen;
+  }
+  for (int i = 0; i < EJECT_REDRAWS; ++i) {
+    const auto [column, position] = balance::place(arc4random(), block.slots);
+    const slot& drawn = maps.slots()[block.header + 1 + column].slot;
+    const bool has_sides = header.policy == POLICY_RANDOM || header.policy == POLICY_LEAST_CONN;
+    const std::uint32_t other = has_sides && position >= drawn.threshold ? drawn.alias : drawn.backend;
+    if (can_be(other)) {
+      return other;
+    }
+  }
+  const auto members = members_of(block, maps.slots());
+  const std::uint32_t place = std::atomic_ref(backends[chosen].place).load(std::memory_order_relaxed);
+  if (place >= members.size()) {
+    return chosen;
+  }
+  const eject_group group = eject_group_of(place, static_cast<std::uint32_t>(members.size()));
+  const std::uint32_t first = arc4random_uniform(group.size);
+  for (std::uint32_t i = 0; i < group.size; ++i) {
+    const std::uint32_t other = members[group.first + (first + i) % group.size].slot.backend;
+    if (can_be(other)) {
+      return other;
+    }
+  }
+  return chosen;
+}
+
+/// For how long a backend is still ejected, rounded up.
+std::chrono::milliseconds ejected_for(const backend_record& backend) {
+  const std::uint64_t now = monotonic_now();
+  const std::uint64_t until =
+      std::atomic_ref(const_cast<__u64&>(backend.ejected_until)).load(std::memory_order_relaxed);
+  return std::chrono::ceil<std::chrono::milliseconds>(std::chrono::nanoseconds(until > now ? until - now : 0));
 }
 
 }  // namespace
@@ -293,6 +342,7 @@ Result<void> BpfEngine::load_services(config::Config& config) {
   if (!left_out) {
     return std::unexpected(left_out.error());
   }
+  keep_down(config.services);
   config.services.push_back(canary_service());
   const config::Limits before = std::exchange(limits_, config.limits);
   if (auto published = publish(config.services, config.engine.peer_names); !published) {
@@ -300,6 +350,7 @@ Result<void> BpfEngine::load_services(config::Config& config) {
     return published;
   }
   left_out_ = std::move(*left_out);
+  mode_ = config.engine.mode;
   note_limits();
   end_sockets_of_left();
   return attach_missing();
@@ -322,12 +373,38 @@ void BpfEngine::end_sockets_of_left() {
   }
 }
 
-/// Replaces services that this kernel cannot carry by their pass entries, if that is allowed; returns them.
+/// Backends that are known to be down stay so where something checks them: a load is no news of them.
+void BpfEngine::keep_down(std::span<config::Service> services) const {
+  for (auto& service : services) {
+    const config::Service* before = service.health && state_ ? state_->publisher->find(encode_key(service)) : nullptr;
+    if (before == nullptr) {
+      continue;
+    }
+    std::set<std::pair<config::Address, std::uint16_t>> down;
+    for (const auto& backend : before->backends) {
+      if (backend.state == config::BackendState::down) {
+        down.emplace(backend.address, backend.port);
+      }
+    }
+    for (auto& backend : service.backends) {
+      if (backend.state == config::BackendState::active && down.contains({backend.address, backend.port})) {
+        backend.state = config::BackendState::down;
+      }
+    }
+  }
+}
+
+/// Replaces services that this engine is not to carry, or that this kernel cannot, by their pass entries, if that is
+/// allowed; returns them.
 Result<std::vector<config::Service>> BpfEngine::leave_out_unsupported(config::Config& config) const {
   std::vector<config::Service> left_out;
+  const bool none = config.engine.mode == config::EngineMode::userspace;
+  if (none && !options_.allow_partial) {
+    return fail(-EOPNOTSUPP, std::string(mode_userspace) + ": the userspace engine (fallback_proxy) carries it all");
+  }
   for (auto& service : config.services) {
     const std::string reason = can_.reason_against(service);
-    if (reason.empty()) {
+    if (reason.empty() && !none) {
       continue;
     }
     if (!options_.allow_partial) {
@@ -381,6 +458,9 @@ Result<void> BpfEngine::attach_missing() {
 
 /// Why a service is left to the userspace engine. Another process may have found that, with fewer privileges.
 std::string BpfEngine::reason_left_out(const config::Service& service) const {
+  if (mode_ == config::EngineMode::userspace) {
+    return mode_userspace;
+  }
   const std::string reason = can_.reason_against(service);
   return reason.empty() ? "the process that loaded it found something missing that it needs" : reason;
 }
@@ -618,10 +698,11 @@ Result<Resolution> BpfEngine::resolve(const config::Address& vip, std::uint16_t 
       resolution.verdict = !route_only && maps.find_key(marker_of(key)) ? Verdict::no_service : Verdict::pass;
       return {};
     }
-    const Block block = decode_word(word);
-    if (!block.is_within(maps.slots().size())) {
+    const auto found = find_block(word, maps.slots());
+    if (!found) {
       return fail(-EPROTO, "the pinned state is damaged: run `clusterip unload` and load again");
     }
+    const Block& block = *found;
     resolution.service = decode_service(services[*record]).name;
     if ((maps.slots()[block.header].header.flags & BLOCK_LEFT) != 0) {
       resolution.is_left_out = true;
@@ -682,8 +763,10 @@ Result<std::vector<ServiceStatus>> BpfEngine::status() {
         one.reason = sweep_obstacle_;
       }
       for (const std::uint32_t index : published.backends) {
-        one.backends.push_back(
-            {.counted = maps.read_counters(maps.backend_stats(index)), .live = read_live(maps.backends()[index])});
+        const backend_record& backend = maps.backends()[index];
+        one.backends.push_back({.counted = maps.read_counters(maps.backend_stats(index)),
+                                .live = read_live(backend),
+                                .ejected = ejected_for(backend)});
       }
       status.push_back(std::move(one));
     }

@@ -39,7 +39,7 @@ enum class Verdict : std::uint8_t { pass, rewritten, no_backend, no_service };
 struct Resolution {
   Verdict verdict = Verdict::pass;
   std::string service;
-  std::uint32_t backends = 0;  // active ones
+  std::uint32_t backends = 0;  // those that may be chosen now
   std::optional<config::Backend> backend;
   bool is_left_out = false;  // the userspace engine carries the service; to this one it is nobody's
 };
@@ -47,6 +47,7 @@ struct Resolution {
 struct BackendStatus {
   counters counted{};
   std::uint32_t live = 0;
+  std::chrono::milliseconds ejected{0};  // for so long still
 };
 
 struct ServiceStatus {
@@ -107,6 +108,7 @@ class BpfEngine {
   Result<std::unique_ptr<State>> fresh_state(std::span<config::Service> services, bool peer_names);
   Result<std::vector<config::Service>> leave_out_unsupported(config::Config& config) const;
   std::string reason_left_out(const config::Service& service) const;
+  void keep_down(std::span<config::Service> services) const;
   Hooks needed_hooks(std::span<const PublishedService> published, bool peer_names) const;
   Result<void> attach_missing();
   void end_sockets_of_left();
@@ -126,7 +128,8 @@ class BpfEngine {
   Attachment attachment_;
   std::optional<EventReader> events_;
   std::string sweep_obstacle_;             // why sockets of backends that left may still be there
-  std::vector<config::Service> left_out_;  // services that this kernel cannot carry, as they were loaded
+  std::vector<config::Service> left_out_;  // services that are left to the userspace engine, as they were loaded
+  config::EngineMode mode_ = config::EngineMode::automatic;  // [engine] mode of what was loaded
 };
 
 }  // namespace plugin

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "plugin/ejection.h"
 #include "plugin/grace_period.h"
 
 namespace plugin {
@@ -28,6 +29,7 @@ void move_counters(const Maps& from, std::uint32_t from_index, const Maps& to, s
     move_count(before.connects, now.connects);
     move_count(before.refused, now.refused);
     move_count(before.reversed, now.reversed);
+    move_count(before.failures, now.failures);
   }
 }
 
@@ -52,6 +54,8 @@ void carry_counts(const Maps& from, const Maps& to) {
   if (const auto grace = GracePeriod::create(); !grace || !grace->wait()) {
     return;
   }
+  const std::uint64_t time = monotonic_now();
+  move_count(from.meta().lost_events, to.meta().lost_events);
   for (std::uint32_t i = 0; i < std::min(from.records().size(), to.records().size()); ++i) {
     if (is_same(from.records()[i], to.records()[i])) {
       move_counters(from, i, to, i);
@@ -62,8 +66,15 @@ void carry_counts(const Maps& from, const Maps& to) {
     backend_record& now = to.backends()[i];
     if (is_same(before, now)) {
       move_counters(from, from.backend_stats(i), to, to.backend_stats(i));
+      carry_ejection(before, now, time);
     }
     move_count(before.live, now.live);  // also at backends that have left, whose connections end one day
+  }
+  for (service_record& record : to.records()) {
+    const auto block = find_block(std::atomic_ref(record.word).load(std::memory_order_acquire), to.slots());
+    if (block && (to.slots()[block->header].header.flags & BLOCK_EJECT) != 0) {
+      limit_ejections(to, *block);
+    }
   }
 }
 

@@ -54,20 +54,32 @@ std::uint8_t encode_state(config::BackendState state) {
 }
 
 config::BackendState decode_state(std::uint8_t state) {
-  return state == BACKEND_DRAIN  ? config::BackendState::drain
-         : state == BACKEND_DOWN ? config::BackendState::down
-                                 : config::BackendState::active;
+  switch (state) {
+    case BACKEND_DRAIN:
+      return config::BackendState::drain;
+    case BACKEND_DOWN:
+    case BACKEND_TRIED:
+      return config::BackendState::down;
+    default:
+      return config::BackendState::active;
+  }
 }
 
-std::vector<std::uint32_t> active_weights(const config::Service& service) {
+std::vector<std::uint32_t> chosen_weights(const config::Service& service) {
+  const auto wanted = chosen_state(service);
   std::vector<std::uint32_t> weights;
   weights.reserve(service.backends.size());
   for (const auto& backend : service.backends) {
-    if (is_active(backend)) {
+    if (backend.state == wanted) {
       weights.push_back(backend.weight);
     }
   }
   return weights;
+}
+
+/// Whether slot i names backend i, beside another: then the slots are the members.
+bool has_alias_table(const config::Service& service) {
+  return service.policy != config::Policy::round_robin && service.policy != config::Policy::maglev;
 }
 
 /// What makes a backend the same to Maglev, whichever process makes the table.
@@ -77,14 +89,15 @@ std::uint64_t hash_of(const config::Backend& backend) {
   return balance::hash_pair(balance::hash_pair(word(0), word(2)), backend.port);
 }
 
-/// The active backends, as indices into themselves, in the order of the slots.
+/// The backends that are chosen from, as indices into themselves, in the order of the slots.
 std::vector<std::uint32_t> slot_order(const config::Service& service) {
   if (service.policy == config::Policy::round_robin) {
-    return balance::ring_order(active_weights(service));
+    return balance::ring_order(chosen_weights(service));
   }
+  const auto wanted = chosen_state(service);
   std::vector<balance::MaglevEntry> entries;
   for (const auto& backend : service.backends) {
-    if (is_active(backend)) {
+    if (backend.state == wanted) {
       entries.push_back({.hash = hash_of(backend), .weight = backend.weight});
     }
   }
@@ -93,7 +106,25 @@ std::vector<std::uint32_t> slot_order(const config::Service& service) {
 
 }  // namespace
 
-bool is_active(const config::Backend& backend) { return backend.state == config::BackendState::active; }
+config::BackendState chosen_state(const config::Service& service) {
+  const auto has = [&service](config::BackendState state) {
+    return std::ranges::find(service.backends, state, &config::Backend::state) != service.backends.end();
+  };
+  return service.panic && !has(config::BackendState::active) && has(config::BackendState::down)
+             ? config::BackendState::down
+             : config::BackendState::active;
+}
+
+std::vector<std::uint32_t> places_of(const config::Service& service) {
+  const auto wanted = chosen_state(service);
+  std::vector<std::uint32_t> places;
+  places.reserve(service.backends.size());
+  std::uint32_t next = 0;
+  for (const auto& backend : service.backends) {
+    places.push_back(backend.state == wanted ? next++ : NO_PLACE);
+  }
+  return places;
+}
 
 bool Key::operator==(const Key& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }
 
@@ -163,13 +194,24 @@ backend_record encode_backend(const config::Backend& backend, std::uint32_t reco
   encode_address(backend.address, out.address);
   out.port = htons(backend.port);
   out.record = record;
-  update_backend(backend, out);
+  out.weight = backend.weight;
+  out.state = encode_state(backend.state);
+  out.place = NO_PLACE;
   return out;
 }
 
-void update_backend(const config::Backend& backend, backend_record& record) {
+void update_backend(const config::Backend& backend, const config::Service& service, std::uint32_t place,
+                    backend_record& record) {
+  const bool is_tried = place != NO_PLACE && backend.state == config::BackendState::down;
   std::atomic_ref(record.weight).store(backend.weight, std::memory_order_relaxed);
-  std::atomic_ref(record.state).store(encode_state(backend.state), std::memory_order_relaxed);
+  std::atomic_ref(record.place).store(service.eject ? place : NO_PLACE, std::memory_order_relaxed);
+  std::atomic_ref(record.state)
+      .store(is_tried ? std::uint8_t{BACKEND_TRIED} : encode_state(backend.state), std::memory_order_relaxed);
+  if (!service.eject) {
+    std::atomic_ref(record.ejected_until).store(0, std::memory_order_relaxed);
+    std::atomic_ref(record.failures).store(0, std::memory_order_relaxed);
+    std::atomic_ref(record.ejections).store(0, std::memory_order_relaxed);
+  }
 }
 
 config::Backend decode_backend(const backend_record& record) {
@@ -180,43 +222,93 @@ config::Backend decode_backend(const backend_record& record) {
           .position = {}};
 }
 
-std::uint32_t block_size(const config::Service& service) {
-  const auto active = static_cast<std::uint32_t>(std::ranges::count_if(service.backends, is_active));
-  switch (service.policy) {
-    case config::Policy::round_robin:
-      return 1 + static_cast<std::uint32_t>(balance::ring_order(active_weights(service)).size());
-    case config::Policy::maglev:
-      return 1 + balance::maglev_size(active);
-    case config::Policy::random:
-    case config::Policy::least_conn:
-      break;
+std::optional<Block> find_block(std::uint64_t word, std::span<const block_entry> slots) {
+  Block block{.header = static_cast<std::uint32_t>(word), .slots = static_cast<std::uint32_t>(word >> 32), .more = 0};
+  if (!block.is_within(slots.size())) {
+    return std::nullopt;
   }
-  return 1 + active;
+  if ((slots[block.header].header.flags & BLOCK_EJECT) == 0) {
+    return block;
+  }
+  block.more = 1;
+  if (!block.is_within(slots.size())) {
+    return std::nullopt;
+  }
+  const block_eject& eject = slots[block.header + 1 + block.slots].eject;
+  const bool in_slots = eject.first == 1 && eject.members == block.slots;
+  if (!in_slots) {
+    if (eject.first != block.size() || eject.members > config::max_backends_per_service) {
+      return std::nullopt;
+    }
+    block.more += eject.members;
+  }
+  return block.is_within(slots.size()) ? std::optional(block) : std::nullopt;
+}
+
+std::span<const block_entry> members_of(const Block& block, std::span<const block_entry> slots) {
+  if (block.more == 0) {
+    return slots.subspan(block.header + 1, block.slots);
+  }
+  const block_eject& eject = slots[block.header + 1 + block.slots].eject;
+  return slots.subspan(block.header + eject.first, eject.members);
+}
+
+Block plan_block(const config::Service& service) {
+  const auto wanted = chosen_state(service);
+  const auto chosen = static_cast<std::uint32_t>(std::ranges::count(service.backends, wanted, &config::Backend::state));
+  Block block{.header = 0, .slots = chosen, .more = 0};
+  if (service.policy == config::Policy::round_robin) {
+    block.slots = static_cast<std::uint32_t>(balance::ring_order(chosen_weights(service)).size());
+  } else if (service.policy == config::Policy::maglev) {
+    block.slots = balance::maglev_size(chosen);
+  }
+  if (service.eject) {
+    block.more = 1 + (has_alias_table(service) ? 0 : chosen);
+  }
+  return block;
 }
 
 block_header encode_header(const config::Service& service, std::uint32_t record, bool peer_names) {
   constexpr std::uint64_t longest = std::numeric_limits<std::uint32_t>::max();
   const bool ends_sockets = service.protocol == config::Protocol::udp || service.on_remove == config::OnRemove::reset;
   const bool remembers =
-      peer_names || ends_sockets || service.policy == config::Policy::least_conn || service.mark != 0;
+      peer_names || ends_sockets || service.policy == config::Policy::least_conn || service.mark != 0 || service.eject;
   const std::uint64_t affinity =
       service.affinity ? static_cast<std::uint64_t>(service.affinity->count() + AFFINITY_UNIT_MS - 1) / AFFINITY_UNIT_MS
                        : 0;
   const bool is_left = service.engine == config::EngineMode::userspace;
-  return {.no_backend = std::to_underlying(service.no_backend),
-          .policy = std::to_underlying(service.policy),
-          .client = std::to_underlying(service.client),
-          .flags = static_cast<std::uint8_t>((peer_names ? BLOCK_NAMED : 0u) | (remembers ? BLOCK_SESSION : 0u) |
-                                             (service.mark != 0 ? BLOCK_MARK : 0u) |
-                                             (service.on_remove == config::OnRemove::reset ? BLOCK_RESET : 0u) |
-                                             (service.on_remove == config::OnRemove::keep ? BLOCK_KEEP : 0u) |
-                                             (is_left ? BLOCK_LEFT : 0u)),
-          .record = record,
-          .affinity = static_cast<std::uint32_t>(std::min(affinity, longest)),
-          .mark = service.mark};
+  const std::uint32_t flags =
+      (peer_names ? BLOCK_NAMED : 0u) | (remembers ? BLOCK_SESSION : 0u) | (service.mark != 0 ? BLOCK_MARK : 0u) |
+      (service.on_remove == config::OnRemove::reset ? BLOCK_RESET : 0u) |
+      (service.on_remove == config::OnRemove::keep ? BLOCK_KEEP : 0u) | (is_left ? BLOCK_LEFT : 0u) |
+      (service.eject ? BLOCK_EJECT : 0u) | (service.panic ? BLOCK_PANIC : 0u) | (service.health ? BLOCK_HEALTH : 0u);
+  block_header header{};
+  header.no_backend = std::to_underlying(service.no_backend) & 0xf;
+  header.client = std::to_underlying(service.client) & 0xf;
+  header.policy = std::to_underlying(service.policy);
+  header.flags = static_cast<std::uint16_t>(flags);
+  header.record = record;
+  header.affinity = static_cast<std::uint32_t>(std::min(affinity, longest));
+  header.mark = service.mark;
+  return header;
 }
 
-void decode_header(const block_header& header, config::Service& service) {
+std::optional<block_eject> encode_eject(const config::Service& service, const Block& block) {
+  if (!service.eject) {
+    return std::nullopt;
+  }
+  constexpr std::int64_t longest = std::numeric_limits<std::uint32_t>::max();  // 49 days
+  constexpr std::uint32_t most = std::numeric_limits<std::uint16_t>::max();
+  const bool in_slots = has_alias_table(service);
+  return block_eject{.time = static_cast<std::uint32_t>(std::min<std::int64_t>(service.eject->time.count(), longest)),
+                     .failures = static_cast<std::uint16_t>(std::min(service.eject->failures, most)),
+                     .zero = 0,
+                     .members = in_slots ? block.slots : block.more - 1,
+                     .first = in_slots ? 1 : 2 + block.slots};
+}
+
+void decode_block(const Block& block, std::span<const block_entry> slots, config::Service& service) {
+  const block_header& header = slots[block.header].header;
   service.no_backend = static_cast<config::NoBackend>(header.no_backend);
   service.policy = static_cast<config::Policy>(header.policy);
   service.client = static_cast<config::Client>(header.client);
@@ -230,34 +322,51 @@ void decode_header(const block_header& header, config::Service& service) {
   if ((header.flags & BLOCK_LEFT) != 0) {
     service.engine = config::EngineMode::userspace;
   }
+  service.panic = (header.flags & BLOCK_PANIC) != 0;
+  if ((header.flags & BLOCK_HEALTH) != 0) {
+    service.health.emplace();  // what it asks for in particular is for whoever checks
+  }
+  if ((header.flags & BLOCK_EJECT) != 0) {
+    const block_eject& eject = slots[block.header + 1 + block.slots].eject;
+    service.eject = {.failures = eject.failures, .time = std::chrono::milliseconds(eject.time)};
+  }
 }
 
 void encode_block(const config::Service& service, std::uint32_t record, std::span<const std::uint32_t> indices,
                   bool peer_names, std::span<block_entry> block) {
-  std::vector<std::uint32_t> active;
-  active.reserve(indices.size());
+  const auto wanted = chosen_state(service);
+  std::vector<std::uint32_t> chosen;
+  chosen.reserve(indices.size());
   for (std::size_t i = 0; i < indices.size(); ++i) {
-    if (is_active(service.backends[i])) {
-      active.push_back(indices[i]);
+    if (service.backends[i].state == wanted) {
+      chosen.push_back(indices[i]);
     }
   }
-
+  const Block plan = plan_block(service);
+  const auto slots = block.subspan(1, plan.slots);
   block[0].header = encode_header(service, record, peer_names);
-  if (active.empty()) {
+  if (const auto eject = encode_eject(service, plan)) {
+    block[1 + plan.slots].eject = *eject;
+    for (std::size_t i = 0; i + 1 < plan.more; ++i) {
+      block[2 + plan.slots + i].slot = {.threshold = 0, .backend = chosen[i], .alias = 0, .choices = 0};
+    }
+  }
+  if (chosen.empty()) {
     return;
   }
-  if (service.policy == config::Policy::round_robin || service.policy == config::Policy::maglev) {
+  if (has_alias_table(service)) {
+    const auto columns = balance::alias_table(chosen_weights(service));
+    for (std::size_t i = 0; i < columns.size(); ++i) {
+      slots[i].slot = {
+          .threshold = columns[i].threshold, .backend = chosen[i], .alias = chosen[columns[i].alias], .choices = 0};
+    }
+  } else {
     const auto order = slot_order(service);
     for (std::size_t i = 0; i < order.size(); ++i) {
-      block[i + 1].slot = {.threshold = 0, .backend = active[order[i]], .alias = 0, .zero = 0};
+      slots[i].slot = {.threshold = 0, .backend = chosen[order[i]], .alias = 0, .choices = 0};
     }
-    return;
   }
-  const auto columns = balance::alias_table(active_weights(service));
-  for (std::size_t i = 0; i < columns.size(); ++i) {
-    block[i + 1].slot = {
-        .threshold = columns[i].threshold, .backend = active[i], .alias = active[columns[i].alias], .zero = 0};
-  }
+  slots[0].slot.choices = static_cast<std::uint32_t>(chosen.size());
 }
 
 }  // namespace plugin

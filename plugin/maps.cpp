@@ -324,6 +324,7 @@ counters Maps::read_counters(std::uint32_t index) const {
     sum.connects += std::atomic_ref(at.connects).load(std::memory_order_relaxed);
     sum.refused += std::atomic_ref(at.refused).load(std::memory_order_relaxed);
     sum.reversed += std::atomic_ref(at.reversed).load(std::memory_order_relaxed);
+    sum.failures += std::atomic_ref(at.failures).load(std::memory_order_relaxed);
   }
   return sum;
 }

@@ -2,17 +2,22 @@
 #include "plugin/probe.h"
 
 #include <linux/bpf.h>
+#include <linux/capability.h>
 #include <linux/membarrier.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "plugin/fd.h"
 
@@ -110,9 +115,22 @@ bool knows_batch() {
 
 bool is_unsupported(int error) { return error == ENOSYS || error == EINVAL || error == E2BIG; }
 
-}  // namespace
+/// What an answer depends on beside the kernel: a child, or a process that gave up a capability, has to ask again.
+struct Asker {
+  pid_t process = getpid();
+  std::array<std::uint32_t, _LINUX_CAPABILITY_U32S_3> effective{};
 
-Result<Capabilities> probe() {
+  Asker() {
+    __user_cap_header_struct header{.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
+    __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3]{};
+    if (syscall(SYS_capget, &header, data) == 0) {
+      std::ranges::transform(data, effective.begin(), &__user_cap_data_struct::effective);
+    }
+  }
+  bool operator==(const Asker&) const = default;
+};
+
+Result<Capabilities> try_all() {
   Capabilities can;
   static constexpr bpf_insn allow[] = {move(BPF_REG_0, 1), exit_program()};
   const int connect4 = try_program(Hook::connect4, allow);
@@ -166,6 +184,23 @@ Result<Capabilities> probe() {
   return can;
 }
 
+}  // namespace
+
+Result<Capabilities> probe() {
+  static std::mutex mutex;
+  static std::optional<std::pair<Asker, Capabilities>> known;
+  const Asker asker;
+  const std::lock_guard lock(mutex);
+  if (known && known->first == asker) {
+    return known->second;
+  }
+  auto can = try_all();
+  if (can) {
+    known.emplace(asker, *can);
+  }
+  return can;
+}
+
 std::string Capabilities::reason_against(const config::Service& service) const {
   if (service.engine == config::EngineMode::userspace) {
     return "it asks for the engine userspace";
@@ -189,6 +224,9 @@ std::string Capabilities::reason_against(const config::Service& service) const {
     return "policy \"least_conn\": this kernel has no cgroup/sock_release programs (Linux 5.9), closed connections "
            "would "
            "count on";
+  }
+  if (service.eject && !hooks.contains(Hook::sock_ops)) {
+    return "eject: this kernel has no sock_ops programs (Linux 4.16), which see connects fail";
   }
   if (service.mark != 0 && !mark) {
     return "mark: this kernel has no bpf_setsockopt() in cgroup/connect programs (Linux 5.8), and fallback_proxy sets "

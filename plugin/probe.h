@@ -39,7 +39,8 @@ struct Capabilities {
 };
 
 /// Uses bpf() itself, not libbpf, which would write to stderr where something is missing. Fails with -EPERM when
-/// privileges are missing to find out.
+/// privileges are missing to find out. An answer is kept, for this process with the capabilities that it has: it takes
+/// some thirty programs. From any thread.
 Result<Capabilities> probe();
 
 }  // namespace plugin

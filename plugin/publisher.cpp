@@ -12,6 +12,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "plugin/ejection.h"
 #include "plugin/publication.h"
 
 namespace plugin {
@@ -40,7 +41,13 @@ bool same_backend(const config::Backend& a, const config::Backend& b) {
 bool same_service(const config::Service& a, const config::Service& b) {
   const block_header a_header = encode_header(a, 0, false);
   const block_header b_header = encode_header(b, 0, false);
-  return a.name == b.name && std::memcmp(&a_header, &b_header, sizeof a_header) == 0 &&
+  const auto same_eject = [&] {
+    const Block nowhere{.header = 0, .slots = 0, .more = 1};
+    const auto a_eject = encode_eject(a, nowhere);
+    const auto b_eject = encode_eject(b, nowhere);
+    return !a_eject || std::memcmp(&*a_eject, &*b_eject, sizeof *a_eject) == 0;
+  };
+  return a.name == b.name && std::memcmp(&a_header, &b_header, sizeof a_header) == 0 && same_eject() &&
          std::ranges::equal(a.backends, b.backends, same_backend);
 }
 
@@ -56,14 +63,14 @@ std::vector<PublishedService> read_once(const Maps& maps) {
     if (word == 0) {
       continue;
     }
-    const Block block = decode_word(word);
-    if (!block.is_within(slots.size())) {
+    const auto block = find_block(word, slots);
+    if (!block) {
       continue;  // damaged; adopt() finds a key without a service
     }
     PublishedService published{
-        .service = decode_service(records[record]), .record = record, .block = block, .backends = {}};
-    decode_header(slots[block.header].header, published.service);
-    for (const auto& entry : slots.subspan(block.header + 1, block.slots)) {
+        .service = decode_service(records[record]), .record = record, .block = *block, .backends = {}};
+    decode_block(*block, slots, published.service);
+    for (const auto& entry : members_of(*block, slots)) {
       if (entry.slot.backend < maps.backends().size() && !in_slot[entry.slot.backend]) {
         in_slot[entry.slot.backend] = true;
         published.backends.push_back(entry.slot.backend);
@@ -78,7 +85,7 @@ std::vector<PublishedService> read_once(const Maps& maps) {
   // from a change that never ended.
   const auto backends = maps.backends();
   for (std::uint32_t index = 0; index < backends.size(); ++index) {
-    if ((backends[index].state != BACKEND_DRAIN && backends[index].state != BACKEND_DOWN) || in_slot[index]) {
+    if (backends[index].state == BACKEND_UNUSED || backends[index].state == BACKEND_ACTIVE || in_slot[index]) {
       continue;
     }
     const auto owner = by_record.find(backends[index].record);
@@ -247,7 +254,8 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
       return damaged("the key of service \"" + service.name + "\"");
     }
     for (const std::uint32_t index : indices) {
-      if (backends[index] || maps.backends()[index].record != record) {
+      const backend_record& backend = maps.backends()[index];
+      if (backends[index] || backend.record != record || backend.weight == 0 || backend.weight > config::max_weight) {
         return damaged("a backend of service \"" + service.name + "\"");
       }
       backends[index] = true;
@@ -303,6 +311,9 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
   std::ranges::for_each(held, [&](std::uint32_t index) { publisher.backends_.retire(index); });
   for (auto& published : services) {
     std::string name = published.service.name;
+    if (published.service.eject) {
+      limit_ejections(maps, published.block);  // a process that died may not have come to it
+    }
     publisher.enter(std::move(published), std::move(name));
   }
   for (std::uint32_t bit = 0; bit < publisher.filter_counts_.size(); ++bit) {
@@ -506,6 +517,7 @@ Result<void> Publisher::stage(config::Service& service, Staged& staged) {
       before.erase(found);
       if (previous == nullptr) {
         maps_->backends()[next.backends.back()] = encode_backend(backend, next.record);
+        copy_ejection(before_->maps_->backends()[next.backends.back()], maps_->backends()[next.backends.back()]);
       }
       continue;
     }
@@ -526,12 +538,14 @@ Result<void> Publisher::stage(config::Service& service, Staged& staged) {
     }
   }
 
-  const std::uint32_t size = block_size(next.service);
+  staged.places = places_of(next.service);
+  const Block plan = plan_block(next.service);
+  const std::uint32_t size = plan.size();
   auto header = take(blocks_, size);
   if (!header) {
     return std::unexpected(header.error());
   }
-  next.block = {.header = *header, .slots = size - 1};
+  next.block = {.header = *header, .slots = plan.slots, .more = plan.more};
   encode_block(next.service, next.record, next.backends, peer_names_, maps_->slots().subspan(*header, size));
   return {};
 }
@@ -603,7 +617,10 @@ void Publisher::commit(Staged& staged) {
 
   // After the word: a backend that no slot names may still be drained, a new one is not yet asked for its state.
   for (std::size_t i = 0; i < next.backends.size(); ++i) {
-    update_backend(next.service.backends[i], maps_->backends()[next.backends[i]]);
+    update_backend(next.service.backends[i], next.service, staged.places[i], maps_->backends()[next.backends[i]]);
+  }
+  if (next.service.eject) {
+    limit_ejections(*maps_, next.block);
   }
   if (!staged.is_new) {
     encode_name(next.service.name, maps_->records()[next.record]);

@@ -81,8 +81,9 @@ class Publisher {
     std::string name;  // a copy for by_name_
     bool is_new = false;
     bool has_record = false;
-    std::vector<std::uint32_t> fresh;  // those of next.backends that were taken for it
-    std::vector<std::size_t> leaving;  // those of the published one's backends that it does not have
+    std::vector<std::uint32_t> fresh;   // those of next.backends that were taken for it
+    std::vector<std::uint32_t> places;  // of each of next.backends
+    std::vector<std::size_t> leaving;   // those of the published one's backends that it does not have
   };
 
   Publisher(Maps& maps, GracePeriod grace, IndexPool records, IndexPool backends, ExtentPool blocks);

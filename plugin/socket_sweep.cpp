@@ -13,6 +13,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -169,8 +170,13 @@ Result<void> try_to_end(const Maps& maps, const Sweep& sweep) {
 
 bool can_end_sockets() {
   constexpr const char* path = "/sys/kernel/btf/vmlinux";
+  enum Answer : std::uint8_t { unknown, yes, no };
+  static std::atomic<Answer> known = unknown;  // it takes tens of milliseconds, and is true until the next boot
   if (!may_trace() || access(path, R_OK) != 0) {
     return false;
+  }
+  if (known != unknown) {
+    return known == yes;
   }
   btf* types = btf__parse(path, nullptr);
   if (types == nullptr) {
@@ -178,6 +184,7 @@ bool can_end_sockets() {
   }
   const bool found = btf__find_by_name_kind(types, "bpf_sock_destroy", BTF_KIND_FUNC) > 0;
   btf__free(types);
+  known = found ? yes : no;
   return found;
 }
 

@@ -36,7 +36,8 @@
  *   may be called from any thread.
  * - A handle does not survive fork: open it in the process that uses it.
  * - Structs begin with `size`, which the caller sets to sizeof; they only grow, at the end. `reserved` is 0.
- * - The library writes to no stream, installs no signal handler, starts no thread and keeps no global state.
+ * - The library writes to no stream, installs no signal handler, starts no thread, and keeps no state beside the handles but
+ *   what it has found out about the kernel.
  */
 #ifndef CLUSTERIP_H
 #define CLUSTERIP_H
@@ -50,7 +51,7 @@ extern "C" {
 #endif
 
 #define CLUSTERIP_ABI_MAJOR 1u
-#define CLUSTERIP_ABI_MINOR 1u
+#define CLUSTERIP_ABI_MINOR 2u
 
 /* An instance of the fast path. Opaque. */
 typedef struct clusterip clusterip;
@@ -94,7 +95,7 @@ typedef struct {
 #define CLUSTERIP_CAN_RECVMSG 512u     /* cgroup/recvmsg4 and 6 (Linux 5.2): UDP services */
 #define CLUSTERIP_CAN_GETPEER 1024u    /* cgroup/getpeername4 and 6 (Linux 5.8): else getpeername() shows the backend */
 #define CLUSTERIP_CAN_RELEASE 2048u    /* cgroup/sock_release (Linux 5.9): live counts, least_conn */
-#define CLUSTERIP_CAN_SOCK_OPS 4096u   /* sock_ops: a failed connect counts no longer than it lasts */
+#define CLUSTERIP_CAN_SOCK_OPS 4096u   /* sock_ops: a failed connect counts no longer than it lasts; `eject` */
 #define CLUSTERIP_CAN_MARK 8192u       /* bpf_setsockopt in connect hooks (Linux 5.8): `mark` */
 #define CLUSTERIP_CAN_NETNS_CLIENT 16384u  /* bpf_get_netns_cookie (Linux 5.7): client = "netns" */
 #define CLUSTERIP_CAN_CGROUP_CLIENT 32768u /* bpf_get_current_cgroup_id (Linux 5.7): client = "cgroup" */
@@ -114,7 +115,7 @@ typedef struct {
 	uint16_t port;       /* host byte order, 1 to 65535 */
 	uint16_t reserved;
 	uint32_t weight;     /* 1 to 65535; 0 counts as 1 */
-	uint32_t state;      /* CLUSTERIP_ACTIVE or CLUSTERIP_DRAIN */
+	uint32_t state;      /* CLUSTERIP_ACTIVE, CLUSTERIP_DRAIN or CLUSTERIP_DOWN */
 } clusterip_backend;
 
 #define CLUSTERIP_ACTIVE 0u
@@ -153,6 +154,10 @@ typedef struct {
 	uint16_t reserved[3];
 	uint64_t live;       /* connected sockets that have this backend now and are remembered (see peer_names) */
 	uint64_t reversed;   /* addresses of it that were shown as the VIP */
+	/* Since ABI 1.2: */
+	uint64_t failures;   /* TCP connects that failed, in all, of sockets that are remembered (peer_names, `eject`) */
+	uint32_t ejected_ms; /* for how long it still gets no new connection after failures (`eject`); 0: it is not ejected */
+	uint32_t reserved2;
 } clusterip_backend_info;
 
 /* What a connect() would meet. */
@@ -165,7 +170,7 @@ typedef struct {
 	size_t size;
 	uint32_t verdict;  /* CLUSTERIP_VERDICT_* */
 	uint32_t engine;   /* CLUSTERIP_ENGINE_*; 0 without a service */
-	uint32_t backends; /* active backends that there were to choose from */
+	uint32_t backends; /* backends that there were to choose from: active and not ejected; with panic, all that are down */
 	uint32_t reserved;
 	char service[160]; /* empty without a service */
 	struct sockaddr_storage backend;
@@ -181,12 +186,18 @@ typedef struct {
 /* clusterip_event.verdict, beside CLUSTERIP_VERDICT_*: the service was replaced again and again meanwhile; refused */
 #define CLUSTERIP_VERDICT_CONTENDED 4u
 
+/*
+ * The same: no decision about a connect(), but `backend` of `service` was ejected after failed connects, of which the last
+ * was to `vip` by the socket `cookie`. cgroup and pid are 0, comm is empty.
+ */
+#define CLUSTERIP_VERDICT_EJECTED 5u
+
 /* clusterip_event.reason: why this backend */
 #define CLUSTERIP_REASON_NONE 0u     /* no backend was chosen */
 #define CLUSTERIP_REASON_POLICY 1u   /* by the service's policy */
 #define CLUSTERIP_REASON_AFFINITY 2u /* the client had it before */
 
-/* A decision of the kernel about one connect() to a VIP, or the first datagram of an unconnected socket to it. */
+/* A decision of the kernel about one connect() to a VIP, or the first datagram of an unconnected socket to it; or an ejection. */
 typedef struct {
 	size_t size;
 	uint64_t time;   /* CLOCK_MONOTONIC, ns */
@@ -199,9 +210,13 @@ typedef struct {
 	uint8_t protocol; /* IPPROTO_TCP or IPPROTO_UDP */
 	uint8_t reserved[7];
 	struct sockaddr_storage vip;     /* what was asked for */
-	struct sockaddr_storage backend; /* with CLUSTERIP_VERDICT_REWRITTEN */
+	struct sockaddr_storage backend; /* with CLUSTERIP_VERDICT_REWRITTEN and CLUSTERIP_VERDICT_EJECTED */
 	char comm[16];     /* empty where the loader had no CAP_PERFMON */
 	char service[160]; /* empty without a service */
+	/* Since ABI 1.2: */
+	uint32_t backends; /* that the service's policy chooses from, those that are ejected included */
+	uint32_t reserved2;
+	uint64_t lost;     /* events lost up to this one, since the fast path was first loaded, because the buffer was full */
 } clusterip_event;
 
 /* Return 0 to go on; anything else ends the visits. */
@@ -238,7 +253,8 @@ int clusterip_open(const clusterip_options *options, clusterip **ret, clusterip_
 
 /*
  * Read a configuration and make it the one that serves: all of it or, on failure, nothing of it. Before attach it is
- * only made ready; afterwards, and on adopted state, it is live when the call returns.
+ * only made ready; afterwards, and on adopted state, it is live when the call returns. -EOPNOTSUPP when engine.mode is
+ * "userspace", or a service cannot be carried here (see CLUSTERIP_ALLOW_PARTIAL).
  */
 int clusterip_load_file(clusterip *handle, const char *path, clusterip_error *reterr);
 
@@ -261,8 +277,12 @@ int clusterip_set_backends(clusterip *handle, const char *service, const cluster
 
 /*
  * Say whether a backend may be given new connections: for a host's own health checks. `backend` is a sockaddr_in or
- * sockaddr_in6, state CLUSTERIP_ACTIVE, CLUSTERIP_DRAIN or CLUSTERIP_DOWN. Costs what clusterip_set_backends does, and
- * lasts until that or a load_* says otherwise. Errors: -ENOENT no such service, or it has no such backend.
+ * sockaddr_in6, state CLUSTERIP_ACTIVE, CLUSTERIP_DRAIN or CLUSTERIP_DOWN. Costs what clusterip_set_backends does.
+ * CLUSTERIP_DOWN lasts until this or clusterip_set_backends says otherwise, the backend leaves, or a load_* of a
+ * configuration in which the service does not ask for `health`, or which drains the backend: a load_* of one that asks for
+ * it keeps what is down, also in adopted state, so that neither a reload nor a restart sends a connection to a backend that
+ * is known to be down. Other states last until the next load_*. When all backends of a service with `panic` are down, they
+ * are used as if they were active, and still told as down. Errors: -ENOENT no such service, or it has no such backend.
  */
 int clusterip_set_backend_state(clusterip *handle, const char *service, const struct sockaddr *backend, socklen_t length,
                                 uint32_t state, clusterip_error *reterr);
@@ -317,7 +337,7 @@ int clusterip_event_fd(clusterip *handle, uint32_t seconds, clusterip_error *ret
 
 /*
  * Visit the events that are there, without waiting. Returns how many, the visitor's value if that is negative, or a
- * negative errno. What comes while the reader is slow and the buffer (some 900 events) full is lost.
+ * negative errno. What comes while the reader is slow and the buffer (some 900 events) full is lost, and counted.
  */
 int clusterip_read_events(clusterip *handle, clusterip_event_visitor visit, void *user, clusterip_error *reterr);
 
