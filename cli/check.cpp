@@ -55,11 +55,19 @@ std::vector<std::string> warnings_about(std::string_view text, const std::string
   const auto config = config::read_config(text);
   if (!config) return warnings;
   for (const auto& service : config->services) {
-    if (service.mark == 0) continue;
-    warnings.push_back(fmt::format(
-        "{}:{}:{}: warning: service \"{}\": mark: what a rule for this mark keeps from a sidecar also bypasses "
-        "its mTLS, authorization and telemetry",
-        config::printable(name), service.position.line, service.position.column, config::printable(service.name)));
+    const auto warn = [&](std::string_view key, std::string_view what) {
+      warnings.push_back(fmt::format("{}:{}:{}: warning: service \"{}\": {}: {}", config::printable(name),
+                                     service.position.line, service.position.column, config::printable(service.name),
+                                     key, what));
+    };
+    if (service.mark != 0)
+      warn("mark",
+           "what a rule for this mark keeps from a sidecar also bypasses its mTLS, authorization and telemetry");
+    const bool is_proxied = config->engine.mode == config::EngineMode::userspace ||
+                            service.engine == config::EngineMode::userspace ||
+                            service.proxy_protocol != config::ProxyProtocol::none;
+    if (is_proxied && service.no_backend != config::NoBackend::refuse)
+      warn("no_backend", "the userspace engine refuses, whatever this says");
   }
   return warnings;
 }

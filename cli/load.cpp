@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <string>
 
 #include "cli/pinned.h"
@@ -66,6 +67,8 @@ Outcome run(const Plugin& plugin, const Given& given) {
                  config::printable(service.reason));
     }
   }
+  if (model && std::ranges::any_of(model->services, [](const auto& service) { return service.health.has_value(); }))
+    fmt::print(stderr, "warning: health is checked only while a service runs (clusterip run)\n");
   return Exit::fine;
 }
 

@@ -74,7 +74,7 @@ std::string to_text(const clusterip_capabilities& found, bool fast_path) {
   }
   const std::string verdict =
       fast_path ? "engine bpf would carry the services: this kernel and these privileges have what the fast path needs"
-                : fmt::format("engine userspace would carry the services (run fallback_proxy), engine bpf cannot: {}",
+                : fmt::format("engine userspace would carry the services, engine bpf cannot: {}",
                               config::printable(static_cast<const char*>(found.reason)));
   return fmt::format("{}\n{}\n", table.render(wants_colour(stdout)), verdict);
 }

@@ -108,7 +108,7 @@ class Program {
     auto socket = predecessor ? inherit(*predecessor) : userspace::listen_control(control_path_);
     if (!socket && (predecessor || socket.error().code == -EADDRINUSE))
       return std::unexpected(to_failure(socket.error()));
-    if (!socket) spdlog::warn("no status, no trace and no upgrade: {}", socket.error().message);
+    if (!socket) spdlog::warn("no status and no upgrade: {}", socket.error().message);
 
     if (auto opened = open_fast_path(); !opened) return opened;
     const config::Engine engine = source.config.engine;

@@ -30,10 +30,18 @@ std::vector<std::string> command(const FallbackProxy::Files& files, const std::v
   return words;
 }
 
+std::vector<std::string> run_command(const FallbackProxy::Files& files,
+                                     const std::vector<std::string>& more_arguments) {
+  std::vector<std::string> words = {CLUSTERIP_COMMAND,     "run",      "--plugin",
+                                    CLUSTERIP_PLUGIN_PATH, "--config", files.config()};
+  words.insert(words.end(), more_arguments.begin(), more_arguments.end());
+  return words;
+}
+
 }  // namespace
 
 void FallbackProxy::Files::write(const std::string& text) const {
-  directory_.write("clusterip.toml", fmt::format("[engine]\ncontrol = \"{}\"\n\n{}", control(), text));
+  directory_.write("clusterip.toml", fmt::format("[engine]\ncontrol = \"{}\"\n{}\n{}", control(), engine_, text));
 }
 
 FallbackProxy::FallbackProxy(const std::string& text, const std::function<void()>& prepare)
@@ -41,9 +49,17 @@ FallbackProxy::FallbackProxy(const std::string& text, const std::function<void()
 
 FallbackProxy::FallbackProxy(std::shared_ptr<const Files> files, const std::function<void()>& prepare,
                              const std::vector<std::string>& more_arguments)
-    : files_(std::move(files)), process_(command(*files_, more_arguments), nullptr, prepare) {
+    : FallbackProxy(files, command(*files, more_arguments), prepare) {}
+
+FallbackProxy::FallbackProxy(std::shared_ptr<const Files> files, const std::vector<std::string>& command,
+                             const std::function<void()>& prepare)
+    : files_(std::move(files)), process_(command, nullptr, prepare) {
   wait_for_log("serving ");
 }
+
+RunningService::RunningService(std::shared_ptr<const Files> files, const std::vector<std::string>& more_arguments,
+                               const std::function<void()>& prepare)
+    : FallbackProxy(files, run_command(*files, more_arguments), prepare) {}
 
 std::string FallbackProxy::reload(const std::string& text) {
   files_->write(text);

@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/support/observe.h"
@@ -24,12 +25,16 @@ class FallbackProxy {
   /// What one proxy hands on to the next: the configuration, and the directory of the control socket.
   class Files {
    public:
+    /// `engine`: more lines of the table [engine].
+    explicit Files(std::string engine = {}) : engine_(std::move(engine)) {}
+
     /// `text` must have no table [engine]: it begins with one that says where the control socket is.
     void write(const std::string& text) const;
     std::string config() const { return directory_.path() + "/clusterip.toml"; }
     std::string control() const { return directory_.path() + "/control.sock"; }
 
    private:
+    std::string engine_;
     TemporaryDirectory directory_;
   };
 
@@ -68,9 +73,20 @@ class FallbackProxy {
   /// Of all its threads, in user and kernel mode.
   std::chrono::milliseconds cpu_time() const;
 
+ protected:
+  FallbackProxy(std::shared_ptr<const Files> files, const std::vector<std::string>& command,
+                const std::function<void()>& prepare);
+
  private:
   std::shared_ptr<const Files> files_;
   Process process_;
+};
+
+/// The same for `clusterip run`: the fast path and the userspace engine in one process.
+class RunningService : public FallbackProxy {
+ public:
+  explicit RunningService(std::shared_ptr<const Files> files, const std::vector<std::string>& more_arguments = {},
+                          const std::function<void()>& prepare = {});
 };
 
 }  // namespace support
