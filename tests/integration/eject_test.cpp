@@ -4,6 +4,7 @@
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <map>
 #include <memory>
@@ -364,6 +365,25 @@ TEST_F(Eject, AdoptionKeepsTheEjectionAndWhatIsAskedFor) {
   }
 }
 
+TEST_F(Eject, LoadThatIsTheFirstToAskForItExchangesThePrograms) {
+  const DeadPort dead("127.0.0.2");
+  const NamedServer one("one");
+  const std::vector<Backend> backends = {backend(one), dead.backend()};
+  {
+    Handle handle = serve(web(backends, ""), pinned());
+    EXPECT_GT(refused(ask_often(100)), 20);
+    ASSERT_TRUE(ok(handle.load(web(backends))));
+    EXPECT_EQ(refused(ask_often(100)), 3);
+    ASSERT_TRUE(ok(handle.load(web(backends, ""))));
+    EXPECT_GT(refused(ask_often(100)), 20);
+    ASSERT_TRUE(ok(handle.attach())) << "the programs know nothing of ejection again";
+  }
+  Handle adopter(plugin(), pinned());
+  ASSERT_TRUE(ok(adopter.load(web(backends))));
+  EXPECT_EQ(refused(ask_often(100)), 3);
+  EXPECT_TRUE(ok(adopter.detach()));
+}
+
 TEST_F(Eject, ReloadKeepsTheEjectionAlsoInNewMaps) {
   const DeadPort dead("127.0.0.2");
   const NamedServer one("one"), two("two", "127.0.0.3");
@@ -470,11 +490,17 @@ TEST_F(Eject, ManyClientsAtOnceNeverEjectMoreThanHalf) {
     dead.emplace_back("127.0.0.1");
     backends.push_back(dead.back().backend());
   }
-  Handle handle = serve(web(backends, "eject = { failures = 1, time = \"5ms\" }"));
+  Handle handle = serve(web(backends, "eject = { failures = 1, time = \"50ms\" }"));
+  std::atomic<int> running = clients;
   std::vector<std::thread> threads;
-  for (int i = 0; i < clients; ++i) threads.emplace_back([] { ask_often(2000); });
+  for (int i = 0; i < clients; ++i) {
+    threads.emplace_back([&running] {
+      ask_often(2000);
+      --running;
+    });
+  }
   std::size_t most = 0;
-  for (int i = 0; i < 300; ++i) most = std::max(most, count_ejected(handle));
+  while (running > 0) most = std::max(most, count_ejected(handle));
   for (std::thread& thread : threads) thread.join();
   EXPECT_LE(most, 3u);
   EXPECT_GT(most, 0u);
