@@ -53,6 +53,7 @@ const volatile __u32 can_comm = 0;
 const volatile __u32 has_udp = 0; // whether there are UDP services
 const volatile __u32 has_sessions = 0; // whether any service remembers sockets, or has since the programs are attached
 const volatile __u32 has_sock_ops = 0; // whether connections are counted as their SYN is sent
+const volatile __u32 has_eject = 0; // whether backends of any service are ejected
 const volatile __u32 filter_mask = 0; // bits of Filter_Map - 1
 const volatile __u32 stats_shard_mask = 0; // shards - 1
 const volatile __u32 stats_per_shard = 0;
@@ -455,7 +456,7 @@ static __always_inline bool recall(const struct affinity_key *key, const struct 
 	if (copy.key.client != key->client || copy.key.record != key->record || now >= copy.expires)
 		return false;
 	struct backend_record *backend = bpf_map_lookup_elem(&Backend_Map, &copy.backend);
-	if (!backend || backend->record != key->record || !takes_new(backend) || is_ejected(backend, now))
+	if (!backend || backend->record != key->record || !takes_new(backend) || (has_eject && is_ejected(backend, now)))
 		return false;
 	affinity->expires = now + (__u64)header->affinity * AFFINITY_UNIT_MS * 1000000;
 	*index = copy.backend;
@@ -511,7 +512,7 @@ static __always_inline enum verdict choose(struct bpf_sock_addr *ctx, struct dec
 		decision->reason = REASON_AFFINITY;
 	} else {
 		decision->backend = apply_policy(service, header->policy, key.client, random);
-		if (can_eject && has_sock_ops && unlikely(header->flags & BLOCK_EJECT))
+		if (can_eject && has_eject && unlikely(header->flags & BLOCK_EJECT))
 			decision->backend = avoid_ejected(service, header->policy,
 							  header->policy == POLICY_MAGLEV ? hash_mix(key.client) : random,
 							  decision->backend);
@@ -1137,7 +1138,8 @@ static __always_inline void end_attempt(struct bpf_sock_ops *ctx, struct session
 	if (state != BPF_TCP_CLOSE && state != BPF_TCP_ESTABLISHED)
 		return;
 	session->trying = 0;
-	if (state == BPF_TCP_ESTABLISHED && !(session->flags & BLOCK_EJECT))
+	bool can_eject = has_eject && session->flags & BLOCK_EJECT;
+	if (state == BPF_TCP_ESTABLISHED && !can_eject)
 		return;
 	struct backend_record *backend =
 		same_backend(session->backend, session->record, session->address, session->port);
@@ -1150,7 +1152,7 @@ static __always_inline void end_attempt(struct bpf_sock_ops *ctx, struct session
 	struct counters *counters = counters_at(stats_backends + session->backend);
 	if (counters)
 		__sync_fetch_and_add(&counters->failures, 1);
-	if (session->flags & BLOCK_EJECT)
+	if (can_eject)
 		fail_backend(ctx, session, backend);
 }
 

@@ -331,6 +331,7 @@ struct meta_record {
 	__u32 zero;
 };
 #define META_PEER_NAMES 1u /* blocks are written with BLOCK_NAMED */
+#define META_EJECTS 2u     /* the programs that are attached know of ejection */
 LAYOUT_ASSERT(sizeof(struct meta_record) == 80 + CGROUP_PATH_SIZE, "Meta_Map's value");
 
 /*

@@ -80,6 +80,10 @@ std::string refusal_of(const config::Service& service, const std::string& reason
   return "service \"" + service.name + "\": " + reason + "; the userspace engine (fallback_proxy) can carry it";
 }
 
+bool wants_eject(std::span<const PublishedService> published) {
+  return std::ranges::any_of(published, [](const PublishedService& one) { return one.service.eject.has_value(); });
+}
+
 /// Different backends that the slots of a block name and that are not ejected.
 std::uint32_t count_choices(const Maps& maps, const Block& block) {
   const std::uint64_t now = monotonic_now();
@@ -449,8 +453,9 @@ Hooks BpfEngine::needed_hooks(std::span<const PublishedService> published_servic
 /// A change may need hooks that those before did without.
 Result<void> BpfEngine::attach_missing() {
   const Publisher& publisher = *state_->publisher;
+  const bool can_eject = (state_->maps.meta().flags & META_EJECTS) != 0 || !wants_eject(publisher.published());
   if (!attachment_.is_attached() ||
-      attachment_.hooks().includes(needed_hooks(publisher.published(), publisher.peer_names()))) {
+      (can_eject && attachment_.hooks().includes(needed_hooks(publisher.published(), publisher.peer_names())))) {
     return {};
   }
   return make_live(*state_);
@@ -461,7 +466,12 @@ std::string BpfEngine::reason_left_out(const config::Service& service) const {
   if (mode_ == config::EngineMode::userspace) {
     return mode_userspace;
   }
-  const std::string reason = can_.reason_against(service);
+  const auto whole = std::ranges::find(left_out_, service.name, &config::Service::name);
+  config::Service loaded = whole != left_out_.end() ? *whole : service;
+  if (whole == left_out_.end()) {
+    loaded.engine = config::EngineMode::automatic;  // what is published does not tell what the file said
+  }
+  const std::string reason = can_.reason_against(loaded);
   return reason.empty() ? "the process that loaded it found something missing that it needs" : reason;
 }
 
@@ -587,6 +597,7 @@ Result<void> BpfEngine::make_live(State& next) {
   const Hooks hooks = needed_hooks(next.publisher->published(), next.publisher->peer_names()) | attachment_.hooks();
   // A kernel without sock_release cannot say by its hooks whether sockets are remembered.
   const bool has_sessions = hooks.contains(Hook::release) || !can_.hooks.contains(Hook::release);
+  const bool has_eject = wants_eject(next.publisher->published());
   auto programs = load_programs(hooks, Maps::names(), next.maps.fds(),
                                 {.can_set_errno = can_.set_errno,
                                  .can_mark = can_.mark,
@@ -597,6 +608,7 @@ Result<void> BpfEngine::make_live(State& next) {
                                  .has_udp = hooks.contains(Hook::recvmsg4),
                                  .has_sessions = has_sessions,
                                  .has_sock_ops = hooks.contains(Hook::sock_ops),
+                                 .has_eject = has_eject,
                                  .filter_mask = capacity.filter_bits() - 1,
                                  .stats_shard_mask = capacity.shards - 1,
                                  .stats_per_shard = capacity.stats_per_shard(),
@@ -624,6 +636,8 @@ Result<void> BpfEngine::make_live(State& next) {
     }
     return switched;
   }
+  // Behind the exchange: a process that is killed in between leaves one exchange too many to the next.
+  meta.flags = has_eject ? meta.flags | META_EJECTS : meta.flags & ~META_EJECTS;
   // Before the old maps lose their pins: a process that is killed now leaves them to the next one.
   if (state_ && state_.get() != &next) {
     carry_counts(state_->maps, next.maps);

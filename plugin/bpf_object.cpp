@@ -101,6 +101,7 @@ Result<PerHook<Fd>> load_programs(Hooks hooks, std::span<const char* const> name
   rodata.has_udp = constants.has_udp;
   rodata.has_sessions = constants.has_sessions;
   rodata.has_sock_ops = constants.has_sock_ops;
+  rodata.has_eject = constants.has_eject;
   rodata.filter_mask = constants.filter_mask;
   rodata.stats_shard_mask = constants.stats_shard_mask;
   rodata.stats_per_shard = constants.stats_per_shard;

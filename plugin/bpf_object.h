@@ -33,6 +33,7 @@ struct ProgramConstants {
   bool has_udp = false;
   bool has_sessions = false;
   bool has_sock_ops = false;
+  bool has_eject = false;
   std::uint32_t filter_mask = 0;
   std::uint32_t stats_shard_mask = 0;
   std::uint32_t stats_per_shard = 0;

@@ -446,23 +446,44 @@ void measure(const Settings& settings) {
   };
   constexpr std::uint32_t udp_vip = first_vip + 10;
   constexpr std::uint32_t tcp_vip = first_vip + 11;
+  constexpr std::uint32_t ejecting_vip = first_vip + 12;
+  constexpr std::uint32_t ejected_vip = first_vip + 13;
+  const std::string eject = "eject = { failures = 1, time = \"1h\" }\n";
   std::string served = configuration(true, {});
   served += fmt::format(
       "[[service]]\nname = \"udp\"\nprotocol = \"udp\"\nvip = \"{}\"\nport = 80\nbackends = [\"127.0.0.1:{}\"]\n"
       "[[service]]\nname = \"tcp\"\nvip = \"{}\"\nport = 80\nbackends = [\"127.0.0.1:{}\"]\n",
       dotted(udp_vip), datagrams.server.port(), dotted(tcp_vip), listener.port());
+  served += fmt::format("[[service]]\nname = \"ejecting\"\nvip = \"{}\"\nport = 80\nbackends = [\"127.0.0.1:{}\"]\n{}",
+                        dotted(ejecting_vip), listener.port(), eject);
+  served += fmt::format(
+      "[[service]]\nname = \"ejected\"\nvip = \"{}\"\nport = 80\nbackends = [\"127.0.0.1:{}\", \"127.0.0.1:1\"]\n{}",
+      dotted(ejected_vip), listener.port(), eject);
 
   Host empty(empty_program());
   Host plain(configuration(false, kinds));
   Host quiet(without_events(plain));
   Host loud(configuration(false, kinds));
   Host named(configuration(true, kinds));
+  Host ejecting(configuration(true, {{.name = "eject", .vip = first_vip, .more = eject}}));
   Host storing(storing_program(named));
   Host least(configuration(false, {{.name = "least_conn", .vip = first_vip, .more = "policy = \"least_conn\"\n"}}));
   Host serving(served);
   Host many(configuration(false, many_services(settings.services), settings.backends));
   Host many_named(configuration(true, many_services(settings.services), settings.backends));
 
+  const auto connections_to = [&listener](std::uint32_t address) -> std::function<void(std::uint32_t)> {
+    return [&listener, address](std::uint32_t calls) {
+      for (std::uint32_t i = 0; i < calls; ++i) {
+        Fd client(new_socket(AF_INET, SOCK_STREAM));
+        if (connect_to(client.get(), v4(address, 80)) != 0) {
+          continue;  // the failure that ejects, among those for the caches
+        }
+        const Fd server = listener.accept();
+        support::reset(std::move(client));
+      }
+    };
+  };
   const sockaddr_in vip = v4(first_vip, 80);
   const std::string of_many = fmt::format("{} services of {} at random", settings.services, settings.backends);
   std::vector<Scenario> scenarios{
@@ -494,6 +515,8 @@ void measure(const Settings& settings) {
       {"affinity", &plain, {{"sock4_connect", 0}}, on_one_socket(v4(first_vip + 3, 80))},
       {"random, peer names, same socket again", &named, {{"sock4_connect", 0}}, on_one_socket(vip)},
       {"random, peer names, new sockets", &named, {{"sock4_connect", 650}, {"sock_release", 0}}, on_new_sockets(vip)},
+      {"random, eject, same socket again", &ejecting, {{"sock4_connect", 0}}, on_one_socket(vip)},
+      {"random, eject, new sockets", &ejecting, {{"sock4_connect", 0}, {"sock_release", 0}}, on_new_sockets(vip)},
       {"the same, IPv6", &named, {{"sock6_connect", 0}, {"sock_release", 0}}, on_new_sockets(v6("2001:db8:1::1", 80))},
       {"least_conn, new sockets", &least, {{"sock4_connect", 850}, {"sock_release", 0}}, on_new_sockets(vip)},
       {of_many, &many, {{"sock4_connect", 600}}, to_random_services(settings.services, false)},
@@ -504,14 +527,17 @@ void measure(const Settings& settings) {
       {"TCP connections, peer names",
        &serving,
        {{"sock4_connect", 0}, {"sock_ops", 0}, {"sock_release", 0}},
-       [&listener](std::uint32_t calls) {
-         for (std::uint32_t i = 0; i < calls; ++i) {
-           Fd client(new_socket(AF_INET, SOCK_STREAM));
-           checked(connect_to(client.get(), v4(tcp_vip, 80)), "connect");
-           const Fd server = listener.accept();
-           support::reset(std::move(client));
-         }
-       },
+       connections_to(tcp_vip),
+       500},
+      {"TCP connections, peer names, eject",
+       &serving,
+       {{"sock4_connect", 0}, {"sock_ops", 0}, {"sock_release", 0}},
+       connections_to(ejecting_vip),
+       500},
+      {"the same, one of two backends ejected",
+       &serving,
+       {{"sock4_connect", 0}, {"sock_ops", 0}, {"sock_release", 0}},
+       connections_to(ejected_vip),
        500},
       {"UDP, getpeername()",
        &serving,

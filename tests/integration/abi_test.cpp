@@ -22,10 +22,14 @@ static_assert(sizeof(clusterip_options) == 32);
 static_assert(sizeof(clusterip_capabilities) == 272);
 static_assert(sizeof(clusterip_backend) == 32);
 static_assert(sizeof(clusterip_service_info) == 96);
-static_assert(sizeof(clusterip_backend_info) == 56);
+static_assert(sizeof(clusterip_backend_info) == 72);
 static_assert(sizeof(clusterip_resolution) == 312);
 static_assert(sizeof(clusterip_canary_result) == 16);
 static_assert(offsetof(clusterip_error, message) == 24);
+// What a host that was built with ABI 1.1 reads stays where it was.
+static_assert(offsetof(clusterip_backend_info, reversed) == 48 && offsetof(clusterip_backend_info, failures) == 56);
+static_assert(offsetof(clusterip_event, service) == 328 && offsetof(clusterip_event, backends) == 488);
+static_assert(sizeof(clusterip_event) == 504);
 
 std::set<std::string> declared_functions() {
   const std::string header = read_text(CLUSTERIP_HEADER);

@@ -519,6 +519,30 @@ TEST_F(Pin, SlotThatLeadsToAForeignBackendIsHealedByTheNextLoad) {
   EXPECT_TRUE(ok(handle.detach()));
 }
 
+TEST_F(Pin, WeightThatNoBackendCanHaveIsDamage) {
+  const NamedServer server("server");
+  const std::string text = toml({{"web", "10.96.0.1", 80, {backend(server, 5)}}});
+  for (const std::uint32_t weight : {0u, 65536u}) {
+    pin_from_another_process(text);
+    {
+      const Fd map = pinned_map(pin(), "Backend_Map");
+      std::uint32_t index = 0;
+      while (read_element<backend_record>(map, index).weight != 5) ++index;
+      auto damaged = read_element<backend_record>(map, index);
+      damaged.weight = weight;
+      write_element(map, index, damaged);
+    }
+    EXPECT_EQ(in_child([&] {
+                Handle handle(plugin(), pinned());
+                require(handle.visit().size() == 1, "it cannot be looked at");
+                const Outcome outcome = handle.load(text);
+                require(outcome.code == -EPROTO, "adopted: " + outcome.message);
+                require_ok(handle.detach());
+              }),
+              "");
+  }
+}
+
 TEST_F(Pin, LoadThatRanOutOfFilesCanBeRepeatedOnTheSameHandle) {
   const NamedServer one("one"), two("two");
   const auto text = [](const NamedServer& server) { return toml({{"web", "10.96.0.1", 80, {backend(server)}}}); };

@@ -117,7 +117,9 @@ Outcome Handle::set_backends(const std::string& service, const std::vector<Backe
     element.address = backend.address.c_str();
     element.port = backend.port;
     element.weight = backend.weight;
-    element.state = backend.state == "drain" ? CLUSTERIP_DRAIN : CLUSTERIP_ACTIVE;
+    element.state = backend.state == "drain"  ? CLUSTERIP_DRAIN
+                    : backend.state == "down" ? CLUSTERIP_DOWN
+                                              : CLUSTERIP_ACTIVE;
     elements.push_back(element);
   }
   clusterip_error error = new_error();
@@ -192,7 +194,8 @@ std::vector<SeenService> Handle::visit() {
       require(backend->size == sizeof *backend, "a backend of another size");
       require(!services.empty() && services.back().name == service->name, "a backend before its service");
       services.back().backends.push_back({backend->address, backend->port, backend->weight, backend->state,
-                                          backend->connects, backend->live, backend->reversed});
+                                          backend->connects, backend->live, backend->reversed, backend->failures,
+                                          backend->ejected_ms});
       return 0;
     } catch (...) {
       thrown = std::current_exception();

@@ -85,6 +85,8 @@ struct SeenBackend {
   std::uint64_t connects = 0;
   std::uint64_t live = 0;
   std::uint64_t reversed = 0;
+  std::uint64_t failures = 0;
+  std::uint32_t ejected_ms = 0;
 };
 
 struct SeenService {
