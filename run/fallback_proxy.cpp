@@ -31,7 +31,7 @@ namespace po = boost::program_options;
 enum Exit : int { fine = 0, failed = 1, usage = 2, configuration = 3, unsupported = 4 };
 
 int serve(const run::Settings& settings) {
-  const auto served = run::serve(settings, nullptr, "this is fallback_proxy");
+  const auto served = run::serve(settings, nullptr, "");
   if (served) return std::to_underlying(*served);
   spdlog::error("{}", served.error().message);
   return std::to_underlying(served.error().exit);

@@ -12,6 +12,7 @@
 #include <future>
 #include <optional>
 #include <string_view>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -19,7 +20,6 @@
 #include "config/fd.h"
 #include "config/names.h"
 #include "config/values.h"
-#include "fallback_proxy/backend.h"
 
 namespace run {
 namespace {
@@ -174,7 +174,7 @@ std::vector<MetricFamily> to_metrics(const Status& status) {
 }
 
 /// The library only says that it failed: why, the kernel tells here.
-config::Result<void> try_to_bind(const std::string& listen) {
+config::Result<userspace::SocketAddress> try_to_bind(const std::string& listen) {
   const auto endpoint = config::parse_endpoint(listen);
   if (!endpoint) return config::fail(-EINVAL, "metrics.listen: expected " + endpoint.error());
   const userspace::SocketAddress address(endpoint->address, endpoint->port);
@@ -182,9 +182,9 @@ config::Result<void> try_to_bind(const std::string& listen) {
   if (!socket) return config::fail_errno(errno, "socket");
   const int on = 1;
   ::setsockopt(socket.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-  if (::bind(socket.get(), address.get(), address.length) != 0) return config::fail_errno(errno, "binding " + listen);
-  if (::listen(socket.get(), 1) != 0) return config::fail_errno(errno, "binding " + listen);
-  return {};
+  if (::bind(socket.get(), address.get(), address.length) != 0 || ::listen(socket.get(), 1) != 0)
+    return config::fail_errno(errno, "binding " + listen);
+  return address;
 }
 
 }  // namespace
@@ -216,20 +216,33 @@ class Metrics::Collector : public prometheus::Collectable {
 
 config::Result<std::unique_ptr<Metrics>> Metrics::serve(boost::asio::io_context& io, const std::string& listen,
                                                         std::function<Status()> status) {
-  if (auto bound = try_to_bind(listen); !bound) return std::unexpected(bound.error());
+  const auto address = try_to_bind(listen);
+  if (!address) return std::unexpected(address.error());
   try {
-    return std::unique_ptr<Metrics>(new Metrics(std::make_shared<Collector>(io, std::move(status)), listen));
+    return std::unique_ptr<Metrics>(new Metrics(std::make_shared<Collector>(io, std::move(status)), listen, *address));
   } catch (const std::exception& error) {
     return config::fail(-EADDRINUSE, "binding " + listen + ": " + error.what());
   }
 }
 
-Metrics::Metrics(std::shared_ptr<Collector> collector, const std::string& listen)
-    : collector_(std::move(collector)),
-      exposer_(std::vector<std::string>{"listening_ports", listen, "num_threads", std::string(threads)}) {
-  exposer_.RegisterCollectable(collector_);
+Metrics::Metrics(std::shared_ptr<Collector> collector, const std::string& listen,
+                 const userspace::SocketAddress& address)
+    : address_(address), collector_(std::move(collector)) {
+  exposer_.emplace(std::vector<std::string>{"listening_ports", listen, "num_threads", std::string(threads)});
+  exposer_->RegisterCollectable(collector_);
 }
 
-Metrics::~Metrics() { collector_->end(); }
+Metrics::~Metrics() {
+  collector_->end();
+  // The library's thread that accepts looks for its end every 2 s, and after each connection.
+  const std::jthread waker([this](const std::stop_token& is_over) {
+    while (!is_over.stop_requested()) {
+      const config::Fd socket(::socket(address_.family(), SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+      ::connect(socket.get(), address_.get(), address_.length);
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+  });
+  exposer_.reset();
+}
 
 }  // namespace run

@@ -8,9 +8,11 @@
 #include <boost/asio/io_context.hpp>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "config/fail.h"
+#include "fallback_proxy/backend.h"
 #include "run/status.h"
 
 namespace run {
@@ -27,10 +29,11 @@ class Metrics {
 
  private:
   class Collector;
-  Metrics(std::shared_ptr<Collector> collector, const std::string& listen);
+  Metrics(std::shared_ptr<Collector> collector, const std::string& listen, const userspace::SocketAddress& address);
 
+  const userspace::SocketAddress address_;
   std::shared_ptr<Collector> collector_;
-  prometheus::Exposer exposer_;
+  std::optional<prometheus::Exposer> exposer_;
 };
 
 }  // namespace run

@@ -149,7 +149,8 @@ class Program {
 
   std::expected<void, Failure> open_fast_path() {
     if (mode_ == EngineMode::userspace) {
-      no_fast_path_ = settings_.engine ? "--engine userspace" : "engine.mode is \"userspace\"";
+      const bool is_nothing_else = plugin_ == nullptr && no_fast_path_.empty();  // fallback_proxy
+      if (!is_nothing_else) no_fast_path_ = settings_.engine ? "--engine userspace" : "engine.mode is \"userspace\"";
       return {};
     }
     if (plugin_ == nullptr) return do_without(Failure{.exit = cli::Exit::unsupported, .message = no_fast_path_});
@@ -215,9 +216,18 @@ class Program {
     return part;
   }
 
-  bool is_proxied(const config::Service& service) const {
+  bool is_carried(const config::Service& service) const {
     const auto found = carriers_.find(service.name);
-    return !fast_ || (found != carriers_.end() && found->second.engine == EngineMode::userspace);
+    return fast_ && (found == carriers_.end() || found->second.engine == EngineMode::bpf);
+  }
+  bool is_proxied(const config::Service& service) const {
+    return !is_carried(service) && service.engine != EngineMode::bpf;
+  }
+
+  /// Why the fast path does not carry it.
+  std::string reason_against(const config::Service& service) const {
+    const auto found = carriers_.find(service.name);
+    return fast_ && found != carriers_.end() ? found->second.reason : no_fast_path_;
   }
 
   config::Config proxied_part(const config::Config& config,
@@ -284,7 +294,7 @@ class Program {
   /// A backend that is down for a service which has just come to the fast path.
   void set_states_of_moved() {
     for (const config::Service& service : config_.services) {
-      if (!service.health || is_proxied(service)) continue;
+      if (!service.health || !is_carried(service)) continue;
       for (const config::Backend& backend : service.backends) {
         if (backend.state == config::BackendState::active &&
             checker_.is_down(service.name, backend.address, backend.port))
@@ -296,21 +306,33 @@ class Program {
   void tell_what_serves() {
     for (const config::Service& service : config_.services) {
       const auto found = carriers_.find(service.name);
+      if (!is_carried(service) && !is_proxied(service))
+        spdlog::warn("service {}: not served: {}", config::printable(service.name), only_bpf(service));
       if (!fast_ || found == carriers_.end() || found->second.reason.empty()) continue;
       spdlog::info("service {}: engine {}: {}", config::printable(service.name),
                    config::name_of(config::engine_names, found->second.engine),
                    config::printable(found->second.reason));
     }
-    spdlog::log(proxy_.serving() == proxy_.services() ? spdlog::level::info : spdlog::level::warn, "{}", summary());
+    const std::string serving = summary();
+    spdlog::log(serving.contains(" of ") ? spdlog::level::warn : spdlog::level::info, "{}", serving);
+  }
+
+  /// It asks for the one engine that cannot carry it.
+  std::string only_bpf(const config::Service& service) const {
+    const std::string reason = reason_against(service);
+    return reason.empty() ? "it asks for the engine bpf, and this is the userspace engine"
+                          : fmt::format("it asks for the engine bpf: {}", reason);
   }
 
   std::string summary() const {
     const std::size_t all = config_.services.size();
     const std::size_t proxied = proxy_.services();
-    std::string text = fmt::format("serving {}", cli::count(all - proxied + proxy_.serving(), "service"));
-    if (proxy_.serving() != proxied)
-      text = fmt::format("serving {} of {}", all - proxied + proxy_.serving(), cli::count(all, "service"));
-    if (fast_) text += fmt::format(": {} by the fast path, {} by the userspace engine", all - proxied, proxied);
+    const auto carried = static_cast<std::size_t>(std::ranges::count_if(
+        config_.services, [this](const config::Service& service) { return is_carried(service); }));
+    const std::size_t serving = carried + proxy_.serving();
+    std::string text = serving == all ? fmt::format("serving {}", cli::count(all, "service"))
+                                      : fmt::format("serving {} of {}", serving, cli::count(all, "service"));
+    if (fast_) text += fmt::format(": {} by the fast path, {} by the userspace engine", carried, proxied);
     return text;
   }
 
@@ -360,7 +382,7 @@ class Program {
   void set_state(const std::string& service, const config::Address& address, std::uint16_t port,
                  config::BackendState state) {
     const auto found = carriers_.find(service);
-    if (!fast_ || found == carriers_.end() || found->second.engine == EngineMode::userspace)
+    if (!fast_ || (found != carriers_.end() && found->second.engine == EngineMode::userspace))
       return proxy_.set_backend_state(service, address, port, state);
     if (const auto set = fast_->set_backend_state(service, address, port, state); !set)
       spdlog::error("service {}: {}", config::printable(service), set.error().message);
@@ -434,10 +456,10 @@ class Program {
         if (next_proxied == proxied.services.end()) break;
         ServiceStatus& one = status.services.emplace_back(to_status(*next_proxied++));
         one.no_backend = config::name_of(config::no_backend_names, service.no_backend);
-        const auto carrier = carriers_.find(service.name);
-        if (const std::string why = fast_ && carrier != carriers_.end() ? carrier->second.reason : no_fast_path_;
-            !why.empty())
+        if (const std::string why = reason_against(service); !why.empty())
           one.reason = one.reason.empty() ? why : one.reason + "; " + why;
+      } else if (!is_carried(service)) {
+        status.services.push_back(unserved(service));
       } else if (const auto found = by_name.find(service.name); found != by_name.end()) {
         status.services.push_back(to_status(*found->second));
       } else {
@@ -446,6 +468,17 @@ class Program {
       explain(status.services.back());
     }
     if (is_look) add_rates(status);
+    return status;
+  }
+
+  ServiceStatus unserved(const config::Service& service) const {
+    ServiceStatus status = to_status(userspace::ServiceStatus{.name = service.name,
+                                                              .vip = service.vip,
+                                                              .port = service.port,
+                                                              .protocol = service.protocol,
+                                                              .policy = service.policy,
+                                                              .reason = only_bpf(service)});
+    status.engine = EngineMode::bpf;
     return status;
   }
 
@@ -503,6 +536,7 @@ class Program {
   void watch() {
     try {
       file_watch_.emplace(control_, settings_.file, [this] { file_changed(); });
+      file_changed();  // since it was read
     } catch (const boost::system::system_error& error) {
       spdlog::error("{} is not watched: {}", settings_.file, error.what());
     }

@@ -166,10 +166,13 @@ TEST_F(Control, StatusTellsWhatIsServedAndWhatIsNotAndWhy) {
                                  {"port", one.port()},
                                  {"weight", 3},
                                  {"state", "active"},
+                                 {"reason", ""},
                                  {"marked", false},
-                                 {"live", 0},
+                                 {"ejected_ms", 0},
                                  {"connects", 2},
-                                 {"failures", 0}}));
+                                 {"failures", 0},
+                                 {"live", 0},
+                                 {"reversed", nullptr}}));
   EXPECT_EQ(backends[1].at("state"), "drain");
 
   const auto expect_not_served = [&](std::size_t i, const std::string& why) {
@@ -178,7 +181,7 @@ TEST_F(Control, StatusTellsWhatIsServedAndWhatIsNotAndWhy) {
   };
   expect_not_served(1, "no active backend");
   expect_not_served(2, "binding 192.0.2.1:80: Cannot assign requested address");
-  expect_not_served(3, "wants the engine bpf");
+  expect_not_served(3, "asks for the engine bpf");
   const object& dead = services[4].at("backends").as_array()[0].as_object();
   EXPECT_EQ(number(services[4].as_object(), "refused"), 1u);
   EXPECT_EQ(number(dead, "failures"), 1u);

@@ -6,6 +6,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -32,8 +33,9 @@ std::vector<std::string> command(const FallbackProxy::Files& files, const std::v
 
 std::vector<std::string> run_command(const FallbackProxy::Files& files,
                                      const std::vector<std::string>& more_arguments) {
-  std::vector<std::string> words = {CLUSTERIP_COMMAND,     "run",      "--plugin",
-                                    CLUSTERIP_PLUGIN_PATH, "--config", files.config()};
+  std::vector<std::string> words = {CLUSTERIP_COMMAND, "run", "--config", files.config()};
+  if (std::ranges::find(more_arguments, "--plugin") == more_arguments.end())
+    words.insert(words.end(), {"--plugin", CLUSTERIP_PLUGIN_PATH});
   words.insert(words.end(), more_arguments.begin(), more_arguments.end());
   return words;
 }

@@ -50,6 +50,7 @@ void drop_capabilities_except(std::initializer_list<unsigned> kept) {
   for (const unsigned capability : kept) {
     data[capability / 32].effective |= 1u << capability % 32;
     data[capability / 32].permitted |= 1u << capability % 32;
+    data[capability / 32].inheritable |= 1u << capability % 32;
   }
   checked(::prctl(PR_SET_SECUREBITS, SECBIT_NOROOT | SECBIT_NOROOT_LOCKED), "PR_SET_SECUREBITS");
   // Of the capabilities that this kernel knows; the next number is none.
@@ -57,6 +58,9 @@ void drop_capabilities_except(std::initializer_list<unsigned> kept) {
     if (std::ranges::find(kept, capability) == kept.end())
       checked(::prctl(PR_CAPBSET_DROP, capability), "PR_CAPBSET_DROP");
   checked(::syscall(SYS_capset, &header, data), "capset");
+  // A program that is run then has these, too.
+  for (const unsigned capability : kept)
+    checked(::prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0), "PR_CAP_AMBIENT_RAISE");
 }
 
 FewFiles::FewFiles(unsigned more) {
