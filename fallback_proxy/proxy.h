@@ -45,7 +45,6 @@ class Proxy {
   /// own, the others are served.
   Problems apply(config::Config config);
 
-  void set_backend_state(const std::string&, const config::Address&, std::uint16_t, config::BackendState) {}
   /// Accepts nothing more, and calls `done` when the last connection has ended; what is left after `drain_timeout` is
   /// reset.
   void drain(std::function<void()> done);

@@ -23,7 +23,6 @@ struct BackendStatus {
   std::uint32_t live = 0;
   std::uint64_t connects = 0;
   std::uint64_t failures = 0;
-  std::uint32_t ejected_ms = 0;
 };
 
 struct ServiceStatus {
