@@ -4,6 +4,7 @@
 #include <fmt/chrono.h>
 
 #include <boost/json.hpp>
+#include <string_view>
 #include <utility>
 
 #include "config/names.h"
@@ -13,11 +14,15 @@ namespace userspace {
 namespace {
 
 boost::json::object to_json(const BackendStatus& backend) {
+  // The file has no word for what only health checks say.
+  const bool is_down = backend.state == config::BackendState::down;
+  const std::string_view state = is_down ? "down" : config::name_of(config::state_names, backend.state);
   return {{"address", backend.address.to_string()},
           {"port", backend.port},
           {"weight", backend.weight},
-          {"state", config::name_of(config::state_names, backend.state)},
+          {"state", state},
           {"marked", backend.is_marked},
+          {"ejected_ms", backend.ejected.count()},
           {"live", backend.live},
           {"connects", backend.connects},
           {"failures", backend.failures}};
