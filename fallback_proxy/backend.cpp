@@ -13,6 +13,7 @@ namespace {
 
 constexpr std::chrono::seconds first_pause{1};
 constexpr std::uint32_t max_doublings = 5;  // 32 s
+constexpr std::uint32_t max_eject_doublings = 4;
 
 Clock::duration pause_after(std::uint32_t failures) {
   return first_pause * (1U << std::min(failures > 0 ? failures - 1 : 0, max_doublings));
@@ -66,8 +67,10 @@ bool Backend::admits(Clock::time_point now) {
 bool Backend::connected() {
   connects.fetch_add(1, std::memory_order_relaxed);
   // Read first: the cache line stays shared while all is well.
-  if (retry_at_.load(std::memory_order_relaxed) == 0) return false;
+  if (retry_at_.load(std::memory_order_relaxed) == 0 && failures_in_a_row_.load(std::memory_order_relaxed) == 0)
+    return false;
   failures_in_a_row_.store(0, std::memory_order_relaxed);
+  ejections_in_a_row_.store(0, std::memory_order_relaxed);
   retry_at_.store(0, std::memory_order_relaxed);
   return is_told_.exchange(false, std::memory_order_relaxed);
 }
@@ -79,10 +82,41 @@ std::optional<Clock::duration> Backend::failed(Clock::time_point now, Clock::tim
   const std::uint32_t in_a_row = failures_in_a_row_.fetch_add(1, std::memory_order_relaxed) + 1;
   const auto pause = pause_after(in_a_row);
   retry_at_.store(ticks(now + pause), std::memory_order_relaxed);
+  if (!is_news(now)) return {};
+  return pause;
+}
+
+bool Backend::is_news(Clock::time_point now) {
   // One that is the only one is tried although it has just failed, and may come and go many times a second.
-  if (ticks(now) < tell_again_.load(std::memory_order_relaxed)) return {};
-  if (is_told_.exchange(true, std::memory_order_relaxed)) return {};
+  if (ticks(now) < tell_again_.load(std::memory_order_relaxed)) return false;
+  if (is_told_.exchange(true, std::memory_order_relaxed)) return false;
   tell_again_.store(ticks(now + first_pause), std::memory_order_relaxed);
+  return true;
+}
+
+std::optional<Clock::duration> Backend::mark_left(Clock::time_point now) const {
+  const std::int64_t left = retry_at_.load(std::memory_order_relaxed) - ticks(now);
+  if (left <= 0) return {};
+  return Clock::duration(left);
+}
+
+bool Backend::connected_unless_ejected(Clock::time_point now) {
+  if (!is_marked(now)) return connected();
+  connects.fetch_add(1, std::memory_order_relaxed);
+  return false;
+}
+
+bool Backend::failed_too_often(Clock::time_point now, std::uint32_t most) {
+  failures.fetch_add(1, std::memory_order_relaxed);
+  if (is_marked(now)) return false;
+  return failures_in_a_row_.fetch_add(1, std::memory_order_relaxed) + 1 >= most;
+}
+
+std::optional<Clock::duration> Backend::eject(Clock::time_point now, Clock::duration time) {
+  const std::uint32_t before = ejections_in_a_row_.fetch_add(1, std::memory_order_relaxed);
+  const auto pause = time * (1U << std::min(before, max_eject_doublings));
+  retry_at_.store(ticks(now + pause), std::memory_order_relaxed);
+  if (!is_news(now)) return {};
   return pause;
 }
 

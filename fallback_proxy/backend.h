@@ -62,6 +62,19 @@ class Backend {
   /// most.
   std::optional<Clock::duration> failed(Clock::time_point now, Clock::time_point began = Clock::time_point::max());
 
+  // What a service with `eject` asks instead: the mark is its ejection, made by eject() only, and whoever comes when
+  // its time is over tries the backend.
+
+  /// Until then it is left alone. Nothing, when it is not.
+  std::optional<Clock::duration> mark_left(Clock::time_point now) const;
+  /// As connected(). A connection that began before an ejection does not end it.
+  bool connected_unless_ejected(Clock::time_point now);
+  /// True: these were `most` failures in a row, or more. What fails while it is ejected began before, and says nothing.
+  bool failed_too_often(Clock::time_point now, std::uint32_t most);
+  /// For `time`, which doubles with each ejection in a row up to 16 times as long. Returns for how long when that is
+  /// news, as failed() does.
+  std::optional<Clock::duration> eject(Clock::time_point now, Clock::duration time);
+
   const SocketAddress address;
   std::atomic<std::uint32_t> live = 0;      // connections and UDP flows
   std::atomic<std::uint64_t> connects = 0;  // connections and UDP flows that reached it
@@ -69,8 +82,10 @@ class Backend {
 
  private:
   static std::int64_t ticks(Clock::time_point time) { return time.time_since_epoch().count(); }
+  bool is_news(Clock::time_point now);
 
   std::atomic<std::uint32_t> failures_in_a_row_ = 0;
+  std::atomic<std::uint32_t> ejections_in_a_row_ = 0;
   std::atomic<std::int64_t> retry_at_ = 0;  // 0: not marked
   std::atomic<std::int64_t> last_failure_ = 0;
   std::atomic<bool> is_told_ = false;         // that it fails

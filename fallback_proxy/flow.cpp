@@ -21,17 +21,13 @@ constexpr auto answer_time = 1s;
 }  // namespace
 
 Flow::Flow(Worker& worker, std::shared_ptr<UdpListener> listener, const UdpClient& client, BackendPointer backend,
-           config::Fd socket, Clock::time_point now)
+           Socket socket, Clock::time_point now)
     : worker_(worker),
       listener_(std::move(listener)),
       client_(client),
       backend_(std::move(backend)),
-      socket_(worker.io()),
+      socket_(std::move(socket)),
       began_(now) {
-  // Without room in epoll it stays closed, and the flow is one that is never answered.
-  boost::system::error_code error;
-  socket_.assign(socket.get(), error);
-  if (!error) socket.release();
   backend_->live.fetch_add(1, std::memory_order_relaxed);
 }
 

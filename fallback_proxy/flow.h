@@ -8,7 +8,6 @@
 #include <boost/asio/posix/basic_stream_descriptor.hpp>
 #include <memory>
 
-#include "config/fd.h"
 #include "fallback_proxy/datagrams.h"
 #include "fallback_proxy/deadlines.h"
 #include "fallback_proxy/service.h"
@@ -20,9 +19,11 @@ class Worker;
 
 class Flow : public Waiting, public std::enable_shared_from_this<Flow> {
  public:
-  /// Has its place in the Admission; `socket` is connected to the backend.
+  using Socket = boost::asio::posix::basic_stream_descriptor<boost::asio::io_context::executor_type>;
+
+  /// Has its place in the Admission; `socket` is open, and connected to the backend.
   Flow(Worker& worker, std::shared_ptr<UdpListener> listener, const UdpClient& client, BackendPointer backend,
-       config::Fd socket, Clock::time_point now);
+       Socket socket, Clock::time_point now);
 
   void start(Clock::time_point now);
   const Backend& backend() const { return *backend_; }
@@ -49,7 +50,7 @@ class Flow : public Waiting, public std::enable_shared_from_this<Flow> {
   const std::shared_ptr<UdpListener> listener_;
   const UdpClient client_;
   const BackendPointer backend_;
-  boost::asio::posix::basic_stream_descriptor<boost::asio::io_context::executor_type> socket_;
+  Socket socket_;
   const Clock::time_point began_;
   bool has_reached_ = false;  // the backend, as far as one can know
 };

@@ -77,10 +77,6 @@ constexpr auto longest_repair_pause = 60s;
 
 bool is_udp(const Service& service) { return service.settings().protocol == config::Protocol::udp; }
 
-constexpr const char* other_engine = "wants the engine bpf, and this is the userspace engine";
-
-bool wants(const config::Service& service, config::EngineMode engine) { return service.engine == engine; }
-
 }  // namespace
 
 class Proxy::Posts {
@@ -180,15 +176,12 @@ Proxy::~Proxy() {
 Problems Proxy::apply(config::Config config) {
   Problems problems = late_changes(config.userspace);
   config_ = std::move(config);
-  if (config_.engine.mode == config::EngineMode::bpf)
-    problems.emplace_back("engine.mode is bpf, and this is the userspace engine: it serves all the same");
+  services_.clear();
+  held_states_.clear();
   std::set<SocketName> kept;
   for (const config::Service& settings : config_.services) {
     const SocketName key{settings.vip, settings.port, settings.protocol};
-    if (wants(settings, config::EngineMode::bpf)) {
-      problems.push_back(fmt::format("service {}: {}", config::printable(settings.name), other_engine));
-      continue;
-    }
+    services_.emplace(settings.name, static_cast<std::size_t>(&settings - config_.services.data()));
     kept.insert(key);
     const auto [entry, is_new] = served_.try_emplace(key);
     // A thread that serves must not wait for whoever reads the log.
@@ -211,9 +204,7 @@ Problems Proxy::apply(config::Config config) {
   std::ranges::move(vip_problems, std::back_inserter(problems));
   allow();
   for (const config::Service& settings : config_.services) {
-    const auto found = served_.find({settings.vip, settings.port, settings.protocol});
-    if (found == served_.end()) continue;
-    Served& served = found->second;
+    Served& served = served_.at({settings.vip, settings.port, settings.protocol});
     update(served, next_service(settings, served), posts);
     if (!served.problem.empty())
       problems.push_back(fmt::format("service {}: {}", config::printable(settings.name), served.problem));
@@ -276,9 +267,12 @@ void Proxy::update(Served& served, std::shared_ptr<const Service> next, Posts& p
     served.earlier.emplace_back(before);
   }
   if (served.service->is_empty()) {
-    // Without a listener the kernel refuses.
-    close_listener(served, false, posts);
+    // Without a listener the kernel refuses. What is queued came while there were backends: those that are but said to
+    // be down may take it still.
+    const auto is_down = [](const config::Backend& backend) { return backend.state == config::BackendState::down; };
+    close_listener(served, std::ranges::any_of(served.service->settings().backends, is_down), posts);
     served.problem.clear();
+    served.waits_for_socket = false;
   } else if (served.udp_listener) {
     posts.add(*served.worker,
               [listener = served.udp_listener, service = served.service] { listener->change(service); });
@@ -306,6 +300,9 @@ config::Result<config::Fd> Proxy::socket_for(const Service& service) {
 }
 
 void Proxy::open_listener(Served& served, Posts& posts) {
+  const config::Service& settings = served.service->settings();
+  served.waits_for_socket = closing_.contains({settings.vip, settings.port, settings.protocol});
+  if (served.waits_for_socket) return;  // the kernel would not give the port away: listener_closed() comes back to it
   if (admission_.limit() == 0) {
     served.problem = "no file descriptor is left for it: allow more (LimitNOFILE=, ulimit -n)";
     return;
@@ -320,7 +317,7 @@ void Proxy::open_listener(Served& served, Posts& posts) {
   try {
     if (is_udp(*served.service)) {
       served.udp_listener = std::make_shared<UdpListener>(*served.worker, workers_, std::move(*socket), served.service,
-                                                          is_by_route(served.service->settings().vip), allowed_);
+                                                          is_by_route(settings.vip), allowed_);
       posts.add(*served.worker, [listener = served.udp_listener] { listener->start(); });
     } else {
       served.listener = std::make_shared<Listener>(*served.worker, workers_, admission_, std::move(*socket),
@@ -335,20 +332,58 @@ void Proxy::open_listener(Served& served, Posts& posts) {
 }
 
 void Proxy::close_listener(Served& served, bool accept_queued, Posts& posts) {
-  if (served.listener) {
-    posts.add(*served.worker, [listener = std::move(served.listener), accept_queued, &admission = admission_] {
-      listener->stop(accept_queued);
-      admission.listener_closed();
+  if (!served.listener && !served.udp_listener) return;
+  const config::Service& settings = served.service->settings();
+  const SocketName name{settings.vip, settings.port, settings.protocol};
+  ++closing_[name];
+  posts.add(*served.worker, [this, name, accept_queued, tcp = std::move(served.listener),
+                             udp = std::move(served.udp_listener), alive = std::weak_ptr(alive_)] {
+    if (tcp) tcp->stop(accept_queued);
+    if (udp) udp->stop();
+    admission_.listener_closed();
+    boost::asio::post(control_, [this, name, alive] {
+      if (!alive.expired()) listener_closed(name);
     });
-    served.listener.reset();
-  }
-  if (served.udp_listener) {
-    posts.add(*served.worker, [listener = std::move(served.udp_listener), &admission = admission_] {
-      listener->stop();
-      admission.listener_closed();
-    });
-    served.udp_listener.reset();
-  }
+  });
+  served.listener.reset();
+  served.udp_listener.reset();
+}
+
+void Proxy::listener_closed(const SocketName& name) {
+  const auto closing = closing_.find(name);
+  if (--closing->second > 0) return;
+  closing_.erase(closing);
+  const auto found = served_.find(name);
+  if (found != served_.end()) open_waiting(found->second);
+}
+
+void Proxy::open_waiting(Served& served) {
+  if (!served.waits_for_socket || is_handing_over_ || is_draining_) return;
+  Posts posts(workers_);
+  open_listener(served, posts);
+  if (!served.problem.empty())
+    spdlog::warn("service {}: {}", config::printable(served.service->settings().name), served.problem);
+}
+
+void Proxy::set_backend_state(const std::string& service, const config::Address& address, std::uint16_t port,
+                              config::BackendState state) {
+  // A successor is being handed the sockets as they are.
+  if (is_handing_over_) return held_states_.push_back({service, address, port, state});
+  const auto index = services_.find(service);
+  if (index == services_.end() || is_draining_) return;
+  config::Service& settings = config_.services[index->second];
+  const auto backend = std::ranges::find_if(
+      settings.backends, [&](const config::Backend& each) { return each.address == address && each.port == port; });
+  if (backend == settings.backends.end() || backend->state == state || backend->state == config::BackendState::drain ||
+      state == config::BackendState::drain)
+    return;
+  backend->state = state;
+  Served& served = served_.at({settings.vip, settings.port, settings.protocol});
+  const bool had_problem = !served.problem.empty();
+  Posts posts(workers_);
+  update(served, next_service(settings, served), posts);
+  if (!served.problem.empty() && !had_problem)
+    spdlog::warn("service {}: {}", config::printable(settings.name), served.problem);
 }
 
 /// on_remove = "reset": the connections of backends that `after` does not have end. And one that is still on its way to
@@ -461,6 +496,9 @@ void Proxy::begin_hand_over() {
 
 void Proxy::cancel_hand_over() {
   is_handing_over_ = false;
+  for (const State& held : std::exchange(held_states_, {}))
+    set_backend_state(held.service, held.address, held.port, held.state);
+  for (auto& [name, served] : served_) open_waiting(served);
   // The process that was to take over may be ending still, and has the routes until then.
   if (has_given_vips_up_) wait_for_vips(0s);
 }
@@ -540,12 +578,7 @@ ServiceStatus Proxy::status_of(const config::Service& settings) const {
                        .port = settings.port,
                        .protocol = settings.protocol,
                        .policy = settings.policy};
-  const auto found = served_.find({settings.vip, settings.port, settings.protocol});
-  if (found == served_.end()) {
-    status.reason = other_engine;
-    return status;
-  }
-  const Served& served = found->second;
+  const Served& served = served_.at({settings.vip, settings.port, settings.protocol});
   const auto vip_problem = vip_problems_.find(settings.vip);
   status.is_serving = served.listener != nullptr || served.udp_listener != nullptr;
   if (is_draining_)
@@ -554,6 +587,8 @@ ServiceStatus Proxy::status_of(const config::Service& settings) const {
     status.reason = served.problem;
   else if (served.service->is_empty())
     status.reason = "no active backend";
+  else if (served.waits_for_socket)
+    status.reason = "its former socket is being closed";
   if (!served.problem.empty() && !vips_problem_.empty()) status.reason += "; " + vips_problem_;
   if (vip_problem != vip_problems_.end()) status.reason += (status.reason.empty() ? "" : "; ") + vip_problem->second;
   const ServiceState& counted = *served.state;
@@ -564,6 +599,10 @@ ServiceStatus Proxy::status_of(const config::Service& settings) const {
   status.sent = counted.sent.load(std::memory_order_relaxed);
   const auto now = Clock::now();
   const auto backends = served.service->backends();
+  const auto ejected = [&](const Backend& backend) {
+    const auto left = settings.eject ? backend.mark_left(now) : std::nullopt;
+    return std::chrono::ceil<std::chrono::milliseconds>(left.value_or(Clock::duration::zero()));
+  };
   for (std::size_t i = 0; i < backends.size(); ++i) {
     const config::Backend& backend = settings.backends[i];
     status.backends.push_back({.address = backend.address,
@@ -571,6 +610,7 @@ ServiceStatus Proxy::status_of(const config::Service& settings) const {
                                .weight = backend.weight,
                                .state = backend.state,
                                .is_marked = backends[i]->is_marked(now),
+                               .ejected = ejected(*backends[i]),
                                .live = backends[i]->live.load(std::memory_order_relaxed),
                                .connects = backends[i]->connects.load(std::memory_order_relaxed),
                                .failures = backends[i]->failures.load(std::memory_order_relaxed)});

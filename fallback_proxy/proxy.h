@@ -13,6 +13,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -41,9 +42,15 @@ class Proxy {
   Proxy(const Proxy&) = delete;
   Proxy& operator=(const Proxy&) = delete;
 
-  /// Makes `config` what is served, in place: connections go on. Each service that cannot be served is a problem of its
-  /// own, the others are served.
+  /// Makes `config` what is served, in place: connections go on. All its services, whatever their `engine`, which is
+  /// for the caller to judge. Each service that cannot be served is a problem of its own, the others are served.
   Problems apply(config::Config config);
+
+  /// What a health check says of a backend: active or down. For new connections, at once, until it says something else
+  /// or apply() brings other states. Does nothing for what is not served, or drains. A service whose last backend is
+  /// down refuses as one without a backend does, unless it has `panic`; its connections go on.
+  void set_backend_state(const std::string& service, const config::Address& address, std::uint16_t port,
+                         config::BackendState state);
 
   /// Accepts nothing more, and calls `done` when the last connection has ended; what is left after `drain_timeout` is
   /// reset.
@@ -80,6 +87,7 @@ class Proxy {
     std::shared_ptr<Listener> listener;                 // of TCP
     std::shared_ptr<UdpListener> udp_listener;          // of UDP
     std::string problem;                                // why it is not served
+    bool waits_for_socket = false;                      // that it had before to be closed
   };
 
   /// A VIP that no service has any more: local until the last connection to it has ended.
@@ -96,6 +104,8 @@ class Proxy {
   bool is_by_route(const config::Address& vip) const;
   config::Result<config::Fd> socket_for(const Service& service);
   void open_listener(Served& served, Posts& posts);
+  void listener_closed(const SocketName& name);
+  void open_waiting(Served& served);
   void close_listener(Served& served, bool accept_queued, Posts& posts);
   void leave_backends(const Service& before, const std::shared_ptr<const Service>& after, Posts& posts);
   Worker& next_worker();
@@ -134,11 +144,21 @@ class Proxy {
   Clock::time_point last_repair_;
   bool is_draining_ = false;
   bool is_drain_over_ = false;
+  struct State {
+    std::string service;
+    config::Address address;
+    std::uint16_t port;
+    config::BackendState state;
+  };
+  std::vector<State> held_states_;                         // while nothing may change
+  std::unordered_map<std::string, std::size_t> services_;  // by name: their index in config_
   std::map<SocketName, Served> served_;
+  std::map<SocketName, std::size_t> closing_;  // sockets that their workers have yet to close
   std::vector<Leaving> leaving_;
   boost::asio::steady_timer leaving_timer_;
   boost::asio::steady_timer drain_timer_;
-  std::atomic<std::size_t> workers_accepting_ = 0;  // while draining
+  std::atomic<std::size_t> workers_accepting_ = 0;                          // while draining
+  const std::shared_ptr<const bool> alive_ = std::make_shared<bool>(true);  // what workers post may come later
 };
 
 }  // namespace userspace

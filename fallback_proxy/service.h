@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <random>
 #include <span>
 #include <string>
@@ -38,6 +40,7 @@ struct ServiceState {
   std::atomic<std::uint64_t> dropped = 0;   // datagrams for which there was no room
   std::atomic<std::uint64_t> received = 0;  // bytes from clients
   std::atomic<std::uint64_t> sent = 0;      // bytes to clients
+  std::mutex ejecting;                      // of two threads that eject at once, one sees what the other did
   Affinity affinity;
   /// A line for the log. Never blocks; set before any thread has the service, or left empty.
   std::function<void(spdlog::level::level_enum, std::string)> report;
@@ -54,10 +57,10 @@ class Service {
   const std::shared_ptr<ServiceState>& shared_state() const { return state_; }
   std::span<const BackendPointer> backends() const { return backends_; }
 
-  /// No active backend: nothing can be chosen.
+  /// No active backend, nor with `panic` one that is down: nothing can be chosen.
   bool is_empty() const { return active_.empty(); }
-  /// A backend for a new connection of `client`, by affinity and policy; one that is marked as dead only when no other
-  /// is left. Never one of `tried`; null when all have been tried.
+  /// A backend for a new connection of `client`, by affinity and policy; one that is marked as dead, or ejected, only
+  /// when no other is left. Never one of `tried`; null when all have been tried.
   BackendPointer choose(const SocketAddress& client, std::span<const BackendPointer> tried, Random& random) const;
 
   /// Tells affinity that `client` has reached `backend`. `limit`: [limits] flows.
@@ -72,12 +75,17 @@ class Service {
   bool is_active(const Backend& backend) const { return active_set_.contains(&backend); }
 
  private:
-  const BackendPointer& draw(Random& random) const;
+  void use(config::BackendState state);
+  std::size_t draw(Random& random) const;
+  const BackendPointer& choose_less_loaded(Random& random) const;
+  bool admits(Backend& backend, Clock::time_point now) const;
+  std::optional<Clock::duration> eject(Backend& backend, Clock::time_point now) const;
   const BackendPointer& by_policy(const SocketAddress& client, Random& random) const;
 
   config::Service settings_;
   std::vector<BackendPointer> backends_;
-  std::vector<BackendPointer> active_;
+  std::vector<BackendPointer> active_;  // that are chosen from
+  std::vector<std::uint32_t> weights_;  // of active_
   boost::unordered_flat_set<const Backend*> active_set_;
   std::vector<balance::Column> columns_;  // random, least_conn: over active_
   std::vector<std::uint32_t> slots_;      // round_robin: the ring; maglev: its table; of indices of active_

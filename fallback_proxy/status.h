@@ -19,7 +19,8 @@ struct BackendStatus {
   std::uint16_t port = 0;
   std::uint32_t weight = 1;
   config::BackendState state = config::BackendState::active;
-  bool is_marked = false;  // found dead: no connection tries it for now
+  bool is_marked = false;                  // found dead: no connection tries it for now
+  std::chrono::milliseconds ejected = {};  // for so long still, by `eject`
   std::uint32_t live = 0;
   std::uint64_t connects = 0;
   std::uint64_t failures = 0;

@@ -29,7 +29,6 @@ bool is_shortage(int error) {
   return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM || error == EAGAIN;
 }
 
-/// A port that nobody has can be the one that the kernel has just given to this socket: it would talk to itself.
 void add(std::atomic<std::uint64_t>& counter, std::uint64_t count) {
   if (count > 0) counter.fetch_add(count, std::memory_order_relaxed);
 }
@@ -168,8 +167,14 @@ Flow* UdpListener::begin_flow(const UdpClient& from, std::size_t count, Clock::t
 Flow* UdpListener::reach_backend(const UdpClient& from, const SocketAddress& client, Clock::time_point now) {
   std::vector<BackendPointer> tried;
   while (BackendPointer backend = service_->choose(client, tried, worker_.random())) {
-    config::Fd socket = connect_to(*backend);
-    if (socket) {
+    config::Fd fd = connect_to(*backend);
+    if (fd) {
+      // Without room in epoll (fs.epoll.max_user_watches) nothing would ever come of it: there is no flow.
+      Flow::Socket socket(worker_.io());
+      boost::system::error_code no_room;
+      socket.assign(fd.get(), no_room);
+      if (no_room) return nullptr;
+      fd.release();
       service_->remember(client, backend, worker_.settings().flows);
       const auto flow = std::make_shared<Flow>(worker_, shared_from_this(), from, backend, std::move(socket), now);
       flows_.emplace(from, flow.get());
@@ -184,7 +189,8 @@ Flow* UdpListener::reach_backend(const UdpClient& from, const SocketAddress& cli
   return nullptr;
 }
 
-/// Leaves errno when there is none.
+/// Leaves errno when there is none. A port that nobody has can be the one that the kernel has just given to this
+/// socket: it would talk to itself.
 config::Fd UdpListener::connect_to(const Backend& backend) {
   const int type = SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC;
   config::Fd socket(::socket(backend.address.family(), type, IPPROTO_UDP));

@@ -11,6 +11,7 @@
 #include <exception>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <optional>
 #include <string>
@@ -21,6 +22,7 @@
 
 #include "config/names.h"
 #include "config/read_config.h"
+#include "plugin/background_checks.h"
 #include "plugin/bpf_engine.h"
 #include "plugin/probe.h"
 #include "plugin/socket_sweep.h"
@@ -31,7 +33,9 @@
 #pragma GCC visibility pop
 
 struct clusterip {
+  std::recursive_mutex mutex;  // a visitor may call back
   std::unique_ptr<plugin::BpfEngine> engine;
+  std::unique_ptr<plugin::BackgroundChecks> checks;  // with CLUSTERIP_BACKGROUND
 };
 
 namespace {
@@ -92,6 +96,15 @@ int guarded(clusterip_error* reterr, Call call) noexcept {
   }
 }
 
+/// The same under the handle's lock: its own thread may have something to change.
+template <class Call>
+int guarded(clusterip* handle, clusterip_error* reterr, Call call) noexcept {
+  return guarded(reterr, [&]() -> Result<int> {
+    const auto lock = handle != nullptr ? std::unique_lock(handle->mutex) : std::unique_lock<std::recursive_mutex>();
+    return call();
+  });
+}
+
 Result<int> zero(Result<void> result) {
   if (!result) {
     return std::unexpected(result.error());
@@ -124,7 +137,7 @@ std::optional<config::BackendState> read_state(std::uint32_t state) {
   }
 }
 
-Result<int> load(plugin::BpfEngine& engine, std::string_view text, std::string_view name) {
+Result<int> load(clusterip& handle, std::string_view text, std::string_view name) {
   auto config = config::read_config(text);
   if (!config) {
     const auto& first = config.error().front();
@@ -134,7 +147,7 @@ Result<int> load(plugin::BpfEngine& engine, std::string_view text, std::string_v
                                  .line = first.position.line,
                                  .column = first.position.column});
   }
-  return zero(engine.load(std::move(*config)));
+  return zero(handle.checks ? handle.checks->load(std::move(*config)) : handle.engine->load(std::move(*config)));
 }
 
 /// The element `index` of an array whose elements may be larger than ours.
@@ -320,7 +333,8 @@ int clusterip_open(const clusterip_options* options, clusterip** ret, clusterip_
       if (!is_valid_size(options)) {
         return misuse("options: expected a clusterip_options with its size set");
       }
-      if ((options->flags & ~(CLUSTERIP_ENGINE_TABLE | CLUSTERIP_ALLOW_PARTIAL)) != 0 || options->reserved != 0) {
+      if ((options->flags & ~(CLUSTERIP_ENGINE_TABLE | CLUSTERIP_ALLOW_PARTIAL | CLUSTERIP_BACKGROUND)) != 0 ||
+          options->reserved != 0) {
         return misuse("options: flags has a bit that this version does not know, or reserved is not 0");
       }
       engine_options.cgroup = options->cgroup_path != nullptr ? options->cgroup_path : "";
@@ -332,13 +346,18 @@ int clusterip_open(const clusterip_options* options, clusterip** ret, clusterip_
     if (!engine) {
       return std::unexpected(engine.error());
     }
-    *ret = new clusterip{std::move(*engine)};
+    auto handle = std::make_unique<clusterip>();
+    handle->engine = std::move(*engine);
+    if (options != nullptr && (options->flags & CLUSTERIP_BACKGROUND) != 0) {
+      handle->checks = std::make_unique<plugin::BackgroundChecks>(*handle->engine, handle->mutex);
+    }
+    *ret = handle.release();
     return 0;
   });
 }
 
 int clusterip_load_file(clusterip* handle, const char* path, clusterip_error* reterr) {
-  return guarded(reterr, [&]() -> Result<int> {
+  return guarded(handle, reterr, [&]() -> Result<int> {
     if (handle == nullptr || path == nullptr) {
       return misuse("expected a handle and a path, got NULL");
     }
@@ -346,17 +365,17 @@ int clusterip_load_file(clusterip* handle, const char* path, clusterip_error* re
     if (!text) {
       return std::unexpected(text.error());
     }
-    return load(*handle->engine, *text, path);
+    return load(*handle, *text, path);
   });
 }
 
 int clusterip_load_text(clusterip* handle, const char* toml, std::size_t length, const char* name,
                         clusterip_error* reterr) {
-  return guarded(reterr, [&]() -> Result<int> {
+  return guarded(handle, reterr, [&]() -> Result<int> {
     if (handle == nullptr || (toml == nullptr && length > 0) || name == nullptr) {
       return misuse("expected a handle, a text and a name, got NULL");
     }
-    return load(*handle->engine, {toml, length}, name);
+    return load(*handle, {toml, length}, name);
   });
 }
 
@@ -386,7 +405,7 @@ int clusterip_check_text(const char* toml, std::size_t length, const char* name,
 
 int clusterip_set_backends(clusterip* handle, const char* service, const clusterip_backend* backends, std::size_t count,
                            clusterip_error* reterr) {
-  return guarded(reterr, [&]() -> Result<int> {
+  return guarded(handle, reterr, [&]() -> Result<int> {
     if (handle == nullptr || service == nullptr || (count > 0 && !is_valid_size(backends))) {
       return misuse("expected a handle, a service and backends with their size set");
     }
@@ -394,13 +413,14 @@ int clusterip_set_backends(clusterip* handle, const char* service, const cluster
     if (!list) {
       return std::unexpected(list.error());
     }
-    return zero(handle->engine->set_backends(service, std::move(*list)));
+    return zero(handle->checks ? handle->checks->set_backends(service, std::move(*list))
+                               : handle->engine->set_backends(service, std::move(*list)));
   });
 }
 
 int clusterip_set_backend_state(clusterip* handle, const char* service, const sockaddr* backend, socklen_t length,
                                 std::uint32_t state, clusterip_error* reterr) {
-  return guarded(reterr, [&]() -> Result<int> {
+  return guarded(handle, reterr, [&]() -> Result<int> {
     const auto wanted = read_state(state);
     if (handle == nullptr || service == nullptr || !wanted) {
       return misuse("expected a handle, a service, and CLUSTERIP_ACTIVE, CLUSTERIP_DRAIN or CLUSTERIP_DOWN");
@@ -409,31 +429,41 @@ int clusterip_set_backend_state(clusterip* handle, const char* service, const so
     if (!endpoint) {
       return std::unexpected(endpoint.error());
     }
-    return zero(handle->engine->set_backend_state(service, endpoint->first, endpoint->second, *wanted));
+    const auto& [address, port] = *endpoint;
+    return zero(handle->checks ? handle->checks->set_backend_state(service, address, port, *wanted)
+                               : handle->engine->set_backend_state(service, address, port, *wanted));
   });
 }
 
 int clusterip_attach(clusterip* handle, clusterip_error* reterr) {
-  return guarded(reterr, [&]() -> Result<int> {
+  return guarded(handle, reterr, [&]() -> Result<int> {
     if (handle == nullptr) {
       return misuse("expected a handle, got NULL");
     }
-    return zero(handle->engine->attach());
+    auto attached = handle->engine->attach();
+    return zero(attached && handle->checks ? handle->checks->resume() : std::move(attached));
   });
 }
 
 int clusterip_detach(clusterip* handle, clusterip_error* reterr) {
-  return guarded(reterr, [&]() -> Result<int> {
+  if (handle != nullptr && handle->checks) {
+    handle->checks->stop();  // which waits for its thread, and that for the lock
+  }
+  return guarded(handle, reterr, [&]() -> Result<int> {
     if (handle == nullptr) {
       return misuse("expected a handle, got NULL");
     }
-    return zero(handle->engine->detach());
+    auto detached = handle->engine->detach();
+    if (!detached && handle->checks) {
+      (void)handle->checks->resume();  // what is attached still is checked; why it is attached still says more
+    }
+    return zero(std::move(detached));
   });
 }
 
 int clusterip_resolve(clusterip* handle, const sockaddr* vip, socklen_t length, int protocol, clusterip_resolution* ret,
                       clusterip_error* reterr) {
-  return guarded(reterr, [&]() -> Result<int> {
+  return guarded(handle, reterr, [&]() -> Result<int> {
     if (handle == nullptr || !is_valid_size(ret)) {
       return misuse("expected a handle and a clusterip_resolution with its size set");
     }
@@ -465,7 +495,7 @@ int clusterip_resolve(clusterip* handle, const sockaddr* vip, socklen_t length, 
 }
 
 int clusterip_visit_services(clusterip* handle, clusterip_service_visitor visit, void* user, clusterip_error* reterr) {
-  return guarded(reterr, [&]() -> Result<int> {
+  return guarded(handle, reterr, [&]() -> Result<int> {
     if (handle == nullptr || visit == nullptr) {
       return misuse("expected a handle and a visitor, got NULL");
     }
@@ -483,7 +513,7 @@ int clusterip_visit_services(clusterip* handle, clusterip_service_visitor visit,
 }
 
 int clusterip_canary(clusterip* handle, clusterip_canary_result* ret, clusterip_error* reterr) {
-  return guarded(reterr, [&]() -> Result<int> {
+  return guarded(handle, reterr, [&]() -> Result<int> {
     if (handle == nullptr || (ret != nullptr && !is_valid_size(ret))) {
       return misuse("expected a handle, and a clusterip_canary_result with its size set or NULL");
     }
@@ -513,7 +543,7 @@ int clusterip_canary(clusterip* handle, clusterip_canary_result* ret, clusterip_
 }
 
 int clusterip_original_destination(clusterip* handle, int socket, sockaddr_storage* ret, clusterip_error* reterr) {
-  return guarded(reterr, [&]() -> Result<int> {
+  return guarded(handle, reterr, [&]() -> Result<int> {
     if (handle == nullptr || ret == nullptr) {
       return misuse("expected a handle and a place for the address, got NULL");
     }
@@ -528,7 +558,7 @@ int clusterip_original_destination(clusterip* handle, int socket, sockaddr_stora
 }
 
 int clusterip_event_fd(clusterip* handle, std::uint32_t seconds, clusterip_error* reterr) {
-  return guarded(reterr, [&]() -> Result<int> {
+  return guarded(handle, reterr, [&]() -> Result<int> {
     if (handle == nullptr) {
       return misuse("expected a handle, got NULL");
     }
@@ -537,7 +567,7 @@ int clusterip_event_fd(clusterip* handle, std::uint32_t seconds, clusterip_error
 }
 
 int clusterip_read_events(clusterip* handle, clusterip_event_visitor visit, void* user, clusterip_error* reterr) {
-  return guarded(reterr, [&]() -> Result<int> {
+  return guarded(handle, reterr, [&]() -> Result<int> {
     if (handle == nullptr || visit == nullptr) {
       return misuse("expected a handle and a visitor, got NULL");
     }

@@ -31,6 +31,8 @@ std::string endpoint(const object& of, std::string_view address) {
 }
 
 Cell state(const object& backend) {
+  const value* ejected = backend.if_contains("ejected_ms");
+  if (ejected != nullptr && ejected->to_number<std::int64_t>() > 0) return {"ejected", Colour::red};
   if (backend.at("marked").as_bool()) return {"dead", Colour::red};
   const std::string state = text(backend, "state");
   return {state, state == "active" ? Colour::none : Colour::yellow};

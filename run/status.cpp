@@ -167,12 +167,12 @@ ServiceStatus to_status(const userspace::ServiceStatus& seen) {
     service.backends.push_back({.address = backend.address.to_string(),
                                 .port = backend.port,
                                 .weight = backend.weight,
-                                .state = backend.ejected_ms > 0 ? "ejected" : state,
+                                .state = backend.ejected.count() > 0 ? "ejected" : state,
                                 .reason = {},
                                 .connects = backend.connects,
                                 .failures = backend.failures,
                                 .live = backend.live,
-                                .ejected_ms = backend.ejected_ms,
+                                .ejected_ms = static_cast<std::uint32_t>(backend.ejected.count()),
                                 .reversed = {},
                                 .is_marked = backend.is_marked});
   }

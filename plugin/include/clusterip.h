@@ -32,12 +32,12 @@
  *   Others come from the kernel and are explained by the message.
  * - Ownership: strings and structs belong to the caller and are not kept; what a visitor is given is valid only until
  *   the visitor returns.
- * - Threads: a handle is used by one thread at a time; different handles are independent. Functions without a handle
- *   may be called from any thread.
+ * - Threads: a handle is used by one thread of the host at a time; different handles are independent. Functions without a
+ *   handle may be called from any thread.
  * - A handle does not survive fork: open it in the process that uses it.
  * - Structs begin with `size`, which the caller sets to sizeof; they only grow, at the end. `reserved` is 0.
- * - The library writes to no stream, installs no signal handler, starts no thread, and keeps no state beside the handles but
- *   what it has found out about the kernel.
+ * - The library writes to no stream, installs no signal handler, and keeps no state beside the handles but what it has found
+ *   out about the kernel. It starts a thread only with CLUSTERIP_BACKGROUND.
  */
 #ifndef CLUSTERIP_H
 #define CLUSTERIP_H
@@ -73,12 +73,19 @@ typedef struct {
  * and the reason; its backends only in the handle that loaded it.
  */
 #define CLUSTERIP_ALLOW_PARTIAL 2u
+/*
+ * One thread of the library's own runs the health checks that the configuration asks for (`health`): from the first load_*
+ * that asks for some to detach or close, with all signals blocked. A backend that fails is CLUSTERIP_DOWN until it answers
+ * again, whatever load_* and set_backends bring meanwhile. Without this flag `health` is accepted, and the host checks:
+ * clusterip_set_backend_state. With it, a backend is given new connections when the host and the checks agree.
+ */
+#define CLUSTERIP_BACKGROUND 4u
 
 typedef struct {
 	size_t size;
 	const char *cgroup_path; /* cgroup v2 directory to attach to; NULL: [engine] cgroup, by default the hierarchy's root */
 	const char *pin_path;    /* directory on a BPF filesystem that keeps the fast path alive; NULL: nothing is pinned */
-	uint32_t flags;          /* CLUSTERIP_ENGINE_TABLE, CLUSTERIP_ALLOW_PARTIAL */
+	uint32_t flags;          /* CLUSTERIP_ENGINE_TABLE, CLUSTERIP_ALLOW_PARTIAL, CLUSTERIP_BACKGROUND */
 	uint32_t reserved;
 } clusterip_options;
 

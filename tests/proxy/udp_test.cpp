@@ -326,6 +326,29 @@ TEST_F(Udp, SurvivesWithoutDescriptors) {
 
 // --- backends that leave or refuse ----------------------------------------------------------------------------------
 
+TEST_F(Udp, AFlowThatFindsNoRoomInEpollIsNoneAndTheEndComes) {
+  const UdpServer one("one");
+  FallbackProxy proxy(proxy_toml({udp({one.backend()})}), [] { forbid_watching_from(60); });
+  // Before the flows: afterwards there is no room for its socket either.
+  ControlClient control = connect_to(*proxy.files());
+  std::deque<UdpSocket> clients;
+  std::size_t answered = 0;
+  for (int i = 0; i < 60; ++i) {
+    clients.emplace_back().send_to(vip, port, "?");
+    answered += is_readable(clients.back().get(), 50);
+  }
+  EXPECT_GT(answered, 0U);
+  EXPECT_LT(answered, 60U) << "the test has no effect";
+  const auto told = control.ask({{"request", "status"}});
+  ASSERT_TRUE(told) << told.error().message;
+  const object& seen = *told;
+  const object& names = seen.at("services").at(0).as_object();
+  EXPECT_EQ(number(names, "refused"), 60 - answered);
+  EXPECT_EQ(number(seen, "connections"), answered);
+  EXPECT_EQ(number(names.at("backends").at(0).as_object(), "live"), answered);
+  EXPECT_EQ(proxy.terminate().exit_code, 0);
+}
+
 TEST_F(Udp, FlowsOfABackendThatIsRemovedPickAnew) {
   const UdpServer one("one");
   const UdpServer two("two");

@@ -6,11 +6,13 @@
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <linux/securebits.h>
+#include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstddef>
 
 #include "tests/support/fd.h"
@@ -22,6 +24,12 @@ sock_filter statement(int code, std::uint32_t k) { return {static_cast<std::uint
 
 sock_filter skip_unless_equal(std::uint32_t k, std::uint8_t skipped) {
   return {BPF_JMP | BPF_JEQ | BPF_K, 0, skipped, k};
+}
+
+void install(std::vector<sock_filter>& filter) {
+  sock_fprog program{static_cast<unsigned short>(filter.size()), filter.data()};
+  checked(::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS");
+  checked(::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program), "PR_SET_SECCOMP");
 }
 
 }  // namespace
@@ -39,9 +47,25 @@ void forbid(const std::vector<Forbidden>& calls) {
     filter.push_back(statement(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | static_cast<std::uint32_t>(call.error)));
   }
   filter.push_back(statement(BPF_RET | BPF_K, SECCOMP_RET_ALLOW));
-  sock_fprog program{static_cast<unsigned short>(filter.size()), filter.data()};
-  checked(::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS");
-  checked(::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program), "PR_SET_SECCOMP");
+  install(filter);
+}
+
+void forbid_watching_from(std::uint32_t descriptor) {
+  const auto argument = [](std::size_t index) {
+    return statement(BPF_LD | BPF_W | BPF_ABS,
+                     static_cast<std::uint32_t>(offsetof(seccomp_data, args) + index * sizeof(std::uint64_t)));
+  };
+  std::vector<sock_filter> filter = {
+      statement(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      skip_unless_equal(SYS_epoll_ctl, 5),
+      argument(1),
+      skip_unless_equal(EPOLL_CTL_ADD, 3),
+      argument(2),
+      {BPF_JMP | BPF_JGE | BPF_K, 0, 1, descriptor},
+      statement(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSPC),
+      statement(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  install(filter);
 }
 
 void drop_capabilities_except(std::initializer_list<unsigned> kept) {

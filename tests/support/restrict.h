@@ -21,6 +21,10 @@ struct Forbidden {
 
 void forbid(const std::vector<Forbidden>& calls);
 
+/// No descriptor from this one on can be added to an epoll: ENOSPC, as beyond fs.epoll.max_user_watches, which is the
+/// whole machine's.
+void forbid_watching_from(std::uint32_t descriptor);
+
 /// All capabilities but these, also those that a program run by root would regain. Of the bounding set, too.
 void drop_capabilities_except(std::initializer_list<unsigned> kept);
 inline void drop_capabilities() { drop_capabilities_except({}); }

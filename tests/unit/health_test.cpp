@@ -52,10 +52,12 @@ bool run_until(io_context& io, const std::function<bool()>& is_done, std::chrono
 /// Accepts and closes. What it has accepted is counted.
 class Server {
  public:
-  explicit Server(io_context& io, config::Address address = loopback, std::uint16_t port = 0)
-      : io_(io), endpoint_(std::move(address), port) {
+  explicit Server(io_context& io, const config::Address& address = loopback, std::uint16_t port = 0)
+      : io_(io), endpoint_(address, port), port_(io, endpoint_.protocol()) {
+    port_.set_option(tcp::acceptor::reuse_address(true));
+    port_.bind(endpoint_);
+    endpoint_ = port_.local_endpoint();
     listen();
-    endpoint_ = acceptor_->local_endpoint();
   }
 
   void listen() {
@@ -78,6 +80,7 @@ class Server {
 
   io_context& io_;
   tcp::endpoint endpoint_;
+  tcp::acceptor port_;  // keeps it: a check could be given it while nobody listens
   std::shared_ptr<tcp::acceptor> acceptor_;
   const std::shared_ptr<int> accepted_ = std::make_shared<int>(0);
 };
@@ -118,6 +121,7 @@ struct Health : testing::Test {
   }
 };
 
+// NOLINTNEXTLINE(readability-identifier-naming): a matcher
 MATCHER_P3(Says, name, is_up, reason, "") {
   *result_listener << "service " << arg.service << (arg.is_up ? " up" : " down") << " \"" << arg.reason << '"';
   return arg.service == name && arg.is_up == is_up && arg.reason == reason;
