@@ -36,8 +36,8 @@
  *   may be called from any thread.
  * - A handle does not survive fork: open it in the process that uses it.
  * - Structs begin with `size`, which the caller sets to sizeof; they only grow, at the end. `reserved` is 0.
- * - The library writes to no stream, installs no signal handler, starts no thread, and keeps no state beside the handles but
- *   what it has found out about the kernel.
+ * - The library writes to no stream, installs no signal handler, starts no thread, and keeps no state beside the handles
+ *   but what it has found out about the kernel.
  */
 #ifndef CLUSTERIP_H
 #define CLUSTERIP_H
@@ -197,7 +197,7 @@ typedef struct {
 #define CLUSTERIP_REASON_POLICY 1u   /* by the service's policy */
 #define CLUSTERIP_REASON_AFFINITY 2u /* the client had it before */
 
-/* A decision of the kernel about one connect() to a VIP, or the first datagram of an unconnected socket to it; or an ejection. */
+/* A decision of the kernel about one connect() to a VIP or the first datagram of an unconnected socket to it; an ejection. */
 typedef struct {
 	size_t size;
 	uint64_t time;   /* CLOCK_MONOTONIC, ns */
