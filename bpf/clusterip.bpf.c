@@ -871,6 +871,133 @@ static __always_inline bool name_sender(struct bpf_sock_addr *ctx, const struct 
 	return true;
 }
 
+// How many of a group are ejected, but for one. Adding up signs leaves the verifier one way through.
+static __always_inline __u32 count_ejected(__u32 first, __u32 size, __u32 but, __u64 now)
+{
+	__u32 count = 0;
+
+#pragma clang loop unroll(full)
+	for (__u32 i = 0; i < EJECT_GROUP; i++) {
+		__u32 at = first + i;
+		union block_entry *member = bpf_map_lookup_elem(&Slot_Map, &at);
+		if (i >= size || !member)
+			break;
+		__u32 index = member->slot.backend;
+		struct backend_record *record = bpf_map_lookup_elem(&Backend_Map, &index);
+		if (record && index != but)
+			count += (now - *(volatile __u64 *)&record->ejected_until) >> 63;
+	}
+	return count;
+}
+
+// A connect has failed: ejects its backend when that was one too many in a row. Without a lock: CPUs that eject two of a
+// group at once each see the other, and never leave more than half of it ejected.
+static __always_inline void fail_backend(struct bpf_sock_ops *ctx, const struct session *session,
+					 struct backend_record *backend)
+{
+	__u64 now = bpf_ktime_get_ns();
+	__u32 ejections = *(volatile __u32 *)&backend->ejections; // before the next: see below
+	if (is_ejected(backend, now))
+		return; // the connect began before that
+	__u32 record = session->record;
+	struct service_record *service = bpf_map_lookup_elem(&Record_Map, &record);
+	if (!service)
+		return;
+	__u64 word = *(volatile __u64 *)&service->word;
+	__u32 header = (__u32)word;
+	union block_entry *block = bpf_map_lookup_elem(&Slot_Map, &header);
+	if (!word || !block || !(block->header.flags & BLOCK_EJECT))
+		return;
+	const struct block_eject *eject = eject_of(header, word >> 32);
+	if (!eject)
+		return;
+
+	__u32 place = *(volatile __u32 *)&backend->place;
+	if (place >= eject->members)
+		return;
+
+	// Added, then read: of two connects that fail at once, at least one sees both.
+	__sync_fetch_and_add(&backend->failures, 1);
+	if (*(volatile __u32 *)&backend->failures < eject->failures)
+		return;
+	struct eject_group group = eject_group_of(place, eject->members);
+	__u32 first = header + eject->first + group.first;
+	__u32 self = header + eject->first + place;
+	union block_entry *member = bpf_map_lookup_elem(&Slot_Map, &self);
+	if (!member || member->slot.backend != session->backend)
+		return; // the block is being replaced: the next failure will do
+	if (2 * (count_ejected(first, group.size, session->backend, now) + 1) > group.size)
+		return;
+
+	__u32 doublings = ejections < EJECT_DOUBLINGS ? ejections : EJECT_DOUBLINGS;
+	*(volatile __u64 *)&backend->ejected_until = now + (((__u64)eject->time * 1000000) << doublings);
+	// An atomic add of nothing, so that other CPUs, and who publishes a new block, see what was stored before we look at
+	// what they have stored. (Where it is no barrier, as on arm64, more than half may be ejected until a time is over:
+	// then a choice falls back on what was chosen first.)
+	__u64 nothing = 0;
+	OPAQUE(nothing);
+	__sync_fetch_and_add(&backend->ejected_until, nothing);
+	if (*(volatile __u64 *)&service->word != word ||
+	    2 * (count_ejected(first, group.size, session->backend, now) + 1) > group.size) {
+		*(volatile __u64 *)&backend->ejected_until = 0;
+		return;
+	}
+	// A plain store of what was read first: who fails here at the same moment does not double the time twice.
+	*(volatile __u32 *)&backend->ejections = ejections + 1;
+	if (!can_events)
+		return;
+	struct event *event = begin_event();
+	if (!event)
+		return;
+	event->cookie = bpf_get_socket_cookie(ctx);
+	event->asked = session->asked;
+	event->verdict = EVENT_EJECTED;
+	event->backends = eject->members;
+	__builtin_memcpy(event->backend, session->address, sizeof(event->backend));
+	event->backend_port = session->port;
+	name_service(event, session->record);
+	bpf_ringbuf_submit(event, 0);
+}
+
+// A connection stands: the row of failures is over. One that began before an ejection does not end that.
+static __always_inline void restore_backend(struct backend_record *backend)
+{
+	__u64 until = *(volatile __u64 *)&backend->ejected_until;
+	if (until && bpf_ktime_get_ns() < until)
+		return;
+	if (until)
+		*(volatile __u64 *)&backend->ejected_until = 0;
+	if (*(volatile __u32 *)&backend->failures)
+		*(volatile __u32 *)&backend->failures = 0;
+	if (*(volatile __u32 *)&backend->ejections)
+		*(volatile __u32 *)&backend->ejections = 0;
+}
+
+// The connection stands, or has failed. To give up before it stands, by close(), is a failure, too: that is how applications
+// find that a host is gone.
+static __always_inline void end_attempt(struct bpf_sock_ops *ctx, struct session *session, __u32 state)
+{
+	if (state != BPF_TCP_CLOSE && state != BPF_TCP_ESTABLISHED)
+		return;
+	session->trying = 0;
+	bool can_eject = has_eject && session->flags & BLOCK_EJECT;
+	if (state == BPF_TCP_ESTABLISHED && !can_eject)
+		return;
+	struct backend_record *backend =
+		same_backend(session->backend, session->record, session->address, session->port);
+	if (!backend)
+		return;
+	if (state == BPF_TCP_ESTABLISHED) {
+		restore_backend(backend);
+		return;
+	}
+	struct counters *counters = counters_at(stats_backends + session->backend);
+	if (counters)
+		__sync_fetch_and_add(&counters->failures, 1);
+	if (can_eject)
+		fail_backend(ctx, session, backend);
+}
+
 static __always_inline bool is_served(const struct bpf_sock_addr *ctx)
 {
 	return ctx->protocol == IPPROTO_TCP || ctx->protocol == IPPROTO_UDP;
@@ -1028,132 +1155,6 @@ int sock_release(struct bpf_sock *sk)
 	if (session)
 		give_back(session);
 	return 1;
-}
-
-// How many of a group are ejected, but for one. Adding up signs leaves the verifier one way through.
-static __always_inline __u32 count_ejected(__u32 first, __u32 size, __u32 but, __u64 now)
-{
-	__u32 count = 0;
-
-#pragma clang loop unroll(full)
-	for (__u32 i = 0; i < EJECT_GROUP; i++) {
-		__u32 at = first + i;
-		union block_entry *member = bpf_map_lookup_elem(&Slot_Map, &at);
-		if (i >= size || !member)
-			break;
-		__u32 index = member->slot.backend;
-		struct backend_record *record = bpf_map_lookup_elem(&Backend_Map, &index);
-		if (record && index != but)
-			count += (now - *(volatile __u64 *)&record->ejected_until) >> 63;
-	}
-	return count;
-}
-
-// A connect has failed: ejects its backend when that was one too many in a row. Without a lock: CPUs that eject two of a
-// group at once each see the other, and never leave more than half of it ejected.
-static __always_inline void fail_backend(struct bpf_sock_ops *ctx, const struct session *session,
-					 struct backend_record *backend)
-{
-	__u64 now = bpf_ktime_get_ns();
-	__u32 ejections = *(volatile __u32 *)&backend->ejections; // before the next: see below
-	if (is_ejected(backend, now))
-		return; // the connect began before that
-	__u32 record = session->record;
-	struct service_record *service = bpf_map_lookup_elem(&Record_Map, &record);
-	if (!service)
-		return;
-	__u64 word = *(volatile __u64 *)&service->word;
-	__u32 header = (__u32)word;
-	union block_entry *block = bpf_map_lookup_elem(&Slot_Map, &header);
-	if (!word || !block || !(block->header.flags & BLOCK_EJECT))
-		return;
-	const struct block_eject *eject = eject_of(header, word >> 32);
-	if (!eject)
-		return;
-
-	__u32 place = *(volatile __u32 *)&backend->place;
-	if (place >= eject->members)
-		return;
-
-	// Added, then read: of two connects that fail at once, at least one sees both.
-	__sync_fetch_and_add(&backend->failures, 1);
-	if (*(volatile __u32 *)&backend->failures < eject->failures)
-		return;
-	struct eject_group group = eject_group_of(place, eject->members);
-	__u32 first = header + eject->first + group.first;
-	__u32 self = header + eject->first + place;
-	union block_entry *member = bpf_map_lookup_elem(&Slot_Map, &self);
-	if (!member || member->slot.backend != session->backend)
-		return; // the block is being replaced: the next failure will do
-	if (2 * (count_ejected(first, group.size, session->backend, now) + 1) > group.size)
-		return;
-
-	__u32 doublings = ejections < EJECT_DOUBLINGS ? ejections : EJECT_DOUBLINGS;
-	*(volatile __u64 *)&backend->ejected_until = now + (((__u64)eject->time * 1000000) << doublings);
-	// An atomic add of nothing, so that others, and who publishes a new block, see what was stored before we look at theirs. (Where it
-	// is no barrier, as on arm64, more than half may be ejected until a time is over: choices fall back on the first.)
-	__u64 nothing = 0;
-	OPAQUE(nothing);
-	__sync_fetch_and_add(&backend->ejected_until, nothing);
-	if (*(volatile __u64 *)&service->word != word ||
-	    2 * (count_ejected(first, group.size, session->backend, now) + 1) > group.size) {
-		*(volatile __u64 *)&backend->ejected_until = 0;
-		return;
-	}
-	// A plain store of what was read first: who fails here at the same moment does not double the time twice.
-	*(volatile __u32 *)&backend->ejections = ejections + 1;
-	if (!can_events)
-		return;
-	struct event *event = begin_event();
-	if (!event)
-		return;
-	event->cookie = bpf_get_socket_cookie(ctx);
-	event->asked = session->asked;
-	event->verdict = EVENT_EJECTED;
-	event->backends = eject->members;
-	__builtin_memcpy(event->backend, session->address, sizeof(event->backend));
-	event->backend_port = session->port;
-	name_service(event, session->record);
-	bpf_ringbuf_submit(event, 0);
-}
-
-// A connection stands: the row of failures is over. One that began before an ejection does not end that.
-static __always_inline void restore_backend(struct backend_record *backend)
-{
-	__u64 until = *(volatile __u64 *)&backend->ejected_until;
-	if (until && bpf_ktime_get_ns() < until)
-		return;
-	if (until)
-		*(volatile __u64 *)&backend->ejected_until = 0;
-	if (*(volatile __u32 *)&backend->failures)
-		*(volatile __u32 *)&backend->failures = 0;
-	if (*(volatile __u32 *)&backend->ejections)
-		*(volatile __u32 *)&backend->ejections = 0;
-}
-
-// The connection stands, or has failed. To give up before it stands, by close(), is a failure, too: that is how applications
-// find that a host is gone.
-static __always_inline void end_attempt(struct bpf_sock_ops *ctx, struct session *session, __u32 state)
-{
-	if (state != BPF_TCP_CLOSE && state != BPF_TCP_ESTABLISHED)
-		return;
-	session->trying = 0;
-	bool can_eject = has_eject && session->flags & BLOCK_EJECT;
-	if (state == BPF_TCP_ESTABLISHED && !can_eject)
-		return;
-	struct backend_record *backend =
-		same_backend(session->backend, session->record, session->address, session->port);
-	if (!backend)
-		return;
-	if (state == BPF_TCP_ESTABLISHED) {
-		restore_backend(backend);
-		return;
-	}
-	struct counters *counters = counters_at(stats_backends + session->backend);
-	if (counters)
-		__sync_fetch_and_add(&counters->failures, 1);
-	if (can_eject)
-		fail_backend(ctx, session, backend);
 }
 
 // The fate of a connection that was rewritten: no hook above runs when it fails or is torn down. It counts from its SYN on,

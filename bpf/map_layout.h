@@ -134,9 +134,9 @@ struct slot {
 LAYOUT_ASSERT(sizeof(struct slot) == 16, "a slot takes 16 bytes");
 
 /*
- * With BLOCK_EJECT, the entry after the last slot. The *members* of the service, the backends that its slots name, each once,
- * are `members` entries, of which only slot.backend has a meaning: in an alias table the slots themselves, else entries
- * of their own.
+ * With BLOCK_EJECT, the entry after the last slot. The *members* of the service, each backend that its slots name once, are
+ * `members` entries, of which only slot.backend has a meaning: in an alias table the slots themselves, else entries of
+ * their own.
  */
 struct block_eject {
 	__u32 time;     /* ms, of the first ejection in a row */

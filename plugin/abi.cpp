@@ -333,7 +333,8 @@ int clusterip_open(const clusterip_options* options, clusterip** ret, clusterip_
       if (!is_valid_size(options)) {
         return misuse("options: expected a clusterip_options with its size set");
       }
-      if ((options->flags & ~(CLUSTERIP_ENGINE_TABLE | CLUSTERIP_ALLOW_PARTIAL | CLUSTERIP_BACKGROUND)) != 0 ||
+      if ((options->flags &
+           ~(CLUSTERIP_ENGINE_TABLE | CLUSTERIP_ALLOW_PARTIAL | CLUSTERIP_BACKGROUND | CLUSTERIP_ANY_MODE)) != 0 ||
           options->reserved != 0) {
         return misuse("options: flags has a bit that this version does not know, or reserved is not 0");
       }
@@ -341,6 +342,7 @@ int clusterip_open(const clusterip_options* options, clusterip** ret, clusterip_
       engine_options.pin = options->pin_path != nullptr ? options->pin_path : "";
       engine_options.engine_table = (options->flags & CLUSTERIP_ENGINE_TABLE) != 0;
       engine_options.allow_partial = (options->flags & CLUSTERIP_ALLOW_PARTIAL) != 0;
+      engine_options.any_mode = (options->flags & CLUSTERIP_ANY_MODE) != 0;
     }
     auto engine = plugin::BpfEngine::open(std::move(engine_options));
     if (!engine) {

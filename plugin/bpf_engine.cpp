@@ -402,7 +402,7 @@ void BpfEngine::keep_down(std::span<config::Service> services) const {
 /// allowed; returns them.
 Result<std::vector<config::Service>> BpfEngine::leave_out_unsupported(config::Config& config) const {
   std::vector<config::Service> left_out;
-  const bool none = config.engine.mode == config::EngineMode::userspace;
+  const bool none = !options_.any_mode && config.engine.mode == config::EngineMode::userspace;
   if (none && !options_.allow_partial) {
     return fail(-EOPNOTSUPP, std::string(mode_userspace) + ": the userspace engine (fallback_proxy) carries it all");
   }
@@ -463,7 +463,7 @@ Result<void> BpfEngine::attach_missing() {
 
 /// Why a service is left to the userspace engine. Another process may have found that, with fewer privileges.
 std::string BpfEngine::reason_left_out(const config::Service& service) const {
-  if (mode_ == config::EngineMode::userspace) {
+  if (!options_.any_mode && mode_ == config::EngineMode::userspace) {
     return mode_userspace;
   }
   const auto whole = std::ranges::find(left_out_, service.name, &config::Service::name);

@@ -30,6 +30,7 @@ struct EngineOptions {
   std::string cgroup;          // empty: that of the configuration, by default the root of the hierarchy
   std::string pin;             // empty: nothing is pinned
   bool engine_table = false;   // a pin path left empty is taken from the configuration, too
+  bool any_mode = false;       // [engine] mode is not asked
   bool allow_partial = false;  // leave out services that this kernel cannot carry, rather than refuse all
 };
 

@@ -31,7 +31,7 @@ std::expected<void, Failure> outcome(int status, const clusterip_error& error, c
 
 std::expected<FastPath, Failure> FastPath::open(const cli::Plugin& plugin, bool is_partial) {
   auto options = cli::sized<clusterip_options>();
-  options.flags = CLUSTERIP_ENGINE_TABLE | (is_partial ? CLUSTERIP_ALLOW_PARTIAL : 0u);
+  options.flags = CLUSTERIP_ENGINE_TABLE | CLUSTERIP_ANY_MODE | (is_partial ? CLUSTERIP_ALLOW_PARTIAL : 0u);
   auto handle = cli::open_handle(plugin, options);
   if (!handle) return std::unexpected(handle.error());
   return FastPath(plugin, std::move(*handle));

@@ -36,8 +36,13 @@
  *   handle may be called from any thread.
  * - A handle does not survive fork: open it in the process that uses it.
  * - Structs begin with `size`, which the caller sets to sizeof; they only grow, at the end. `reserved` is 0.
+<<<<<<< HEAD
  * - The library writes to no stream, installs no signal handler, and keeps no state beside the handles but what it has found
  *   out about the kernel. It starts a thread only with CLUSTERIP_BACKGROUND.
+=======
+ * - The library writes to no stream, installs no signal handler, starts no thread, and keeps no state beside the handles
+ *   but what it has found out about the kernel.
+>>>>>>> kernel
  */
 #ifndef CLUSTERIP_H
 #define CLUSTERIP_H
@@ -80,12 +85,14 @@ typedef struct {
  * clusterip_set_backend_state. With it, a backend is given new connections when the host and the checks agree.
  */
 #define CLUSTERIP_BACKGROUND 4u
+/* [engine] mode of the configurations is not asked: the host has chosen the engine. */
+#define CLUSTERIP_ANY_MODE 8u
 
 typedef struct {
 	size_t size;
 	const char *cgroup_path; /* cgroup v2 directory to attach to; NULL: [engine] cgroup, by default the hierarchy's root */
 	const char *pin_path;    /* directory on a BPF filesystem that keeps the fast path alive; NULL: nothing is pinned */
-	uint32_t flags;          /* CLUSTERIP_ENGINE_TABLE, CLUSTERIP_ALLOW_PARTIAL, CLUSTERIP_BACKGROUND */
+	uint32_t flags;          /* CLUSTERIP_ENGINE_TABLE and the other flags above */
 	uint32_t reserved;
 } clusterip_options;
 
@@ -204,7 +211,7 @@ typedef struct {
 #define CLUSTERIP_REASON_POLICY 1u   /* by the service's policy */
 #define CLUSTERIP_REASON_AFFINITY 2u /* the client had it before */
 
-/* A decision of the kernel about one connect() to a VIP, or the first datagram of an unconnected socket to it; or an ejection. */
+/* A decision of the kernel about one connect() to a VIP or the first datagram of an unconnected socket to it; an ejection. */
 typedef struct {
 	size_t size;
 	uint64_t time;   /* CLOCK_MONOTONIC, ns */

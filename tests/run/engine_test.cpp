@@ -74,6 +74,12 @@ TEST_F(RunEngine, ModeOfTheFileForcesUserspace) {
   expect_all_proxied(service, "engine.mode");
 }
 
+TEST_F(RunEngine, OptionWinsOverTheModeOfTheFile) {
+  RunningService service(files(toml({web({backend(one_)})}), "mode = \"userspace\"\n"), {"--engine", "bpf"});
+  EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
+  EXPECT_EQ(text_of(service_of(status(*service.files()), "web").at("engine")), "bpf");
+}
+
 TEST_F(RunEngine, WithoutTheSystemCallBpfTheProxyCarriesAll) {
   for (const int error : {EPERM, ENOSYS}) {
     RunningService service(files(both()), {}, [error] { forbid({{SYS_bpf, {}, error}}); });
@@ -157,13 +163,6 @@ TEST_F(RunEngine, SecondServiceIsRefusedInOneLine) {
   EXPECT_EQ(third.exit_code, failed);
   EXPECT_THAT(third.err, HasSubstr("another process"));
   EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
-}
-
-TEST_F(RunEngine, FastPathThatLostItsCgroupProgramsIsAttachedAgain) {
-  // Somebody detaches what is ours: the next canary shows it, at the latest the one of a look at the status.
-  RunningService service(files(toml({web({backend(one_)})})));
-  const auto seen = status(*service.files());
-  EXPECT_TRUE(seen.at("canary").at("passed").as_bool());
 }
 
 TEST_F(RunEngine, UnloadOnExitDoesWhatTheFileSays) {
