@@ -36,13 +36,8 @@
  *   handle may be called from any thread.
  * - A handle does not survive fork: open it in the process that uses it.
  * - Structs begin with `size`, which the caller sets to sizeof; they only grow, at the end. `reserved` is 0.
-<<<<<<< HEAD
  * - The library writes to no stream, installs no signal handler, and keeps no state beside the handles but what it has found
  *   out about the kernel. It starts a thread only with CLUSTERIP_BACKGROUND.
-=======
- * - The library writes to no stream, installs no signal handler, starts no thread, and keeps no state beside the handles
- *   but what it has found out about the kernel.
->>>>>>> kernel
  */
 #ifndef CLUSTERIP_H
 #define CLUSTERIP_H
