@@ -86,13 +86,12 @@ Result<void> BackgroundChecks::load(config::Config config) {
   }
   // Before anything changes: it may fail.
   std::map<std::string, config::Service> before = std::exchange(services_, std::move(asked));
-  auto resumed = resume();
-  if (resumed && !services_.empty() && !std::exchange(has_begun_, true)) learn_adopted_states();
+  auto started = start();
+  if (started && thread_ && !std::exchange(has_begun_, true)) learn_adopted_states();
   for (config::Service& service : config.services) mark_down(service);
-  auto loaded = resumed ? engine_.load(std::move(config)) : resumed;
+  auto loaded = started ? engine_.load(std::move(config)) : started;
   if (!loaded) {
     services_ = std::move(before);
-    check_services();  // resume() may have spoken of the others
     return loaded;
   }
   reset_unchecked();
@@ -163,15 +162,21 @@ Result<void> BackgroundChecks::set_backend_state(const std::string& name, const 
   return {};
 }
 
-Result<void> BackgroundChecks::resume() {
+Result<void> BackgroundChecks::start() {
   if (thread_ || services_.empty()) return {};
   try {
     thread_ = std::make_unique<Thread>(*this);
   } catch (const std::system_error& error) {
     return fail_errno(error.code().value(), "starting a thread for health checks");
   }
-  check_services();
   return {};
+}
+
+Result<void> BackgroundChecks::resume() {
+  if (thread_) return {};
+  auto started = start();
+  if (started) check_services();
+  return started;
 }
 
 void BackgroundChecks::stop() {

@@ -49,6 +49,7 @@ class BackgroundChecks {
   class Thread;
   using Endpoint = std::pair<config::Address, std::uint16_t>;
 
+  Result<void> start();
   void mark_down(config::Service& service) const;
   void learn_adopted_states();
   void check_services();

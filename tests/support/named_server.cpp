@@ -53,6 +53,9 @@ NamedServer::NamedServer(std::string name, const std::string& address, Speaks sp
       address_(address),
       speaks_(speaks),
       listener_(checked(::socket(Endpoint(address, 0).family(), SOCK_STREAM | SOCK_CLOEXEC, 0), "socket")) {
+  // For one that comes back to its port, where connections of the one before it may be left.
+  const int on = 1;
+  checked(::setsockopt(listener_.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on), "SO_REUSEADDR");
   const Endpoint local(address, port);
   checked(::bind(listener_.get(), local.address(), local.length()), "bind " + address);
   checked(::listen(listener_.get(), backlog), "listen");
