@@ -77,7 +77,8 @@ typedef struct {
  * One thread of the library's own runs the health checks that the configuration asks for (`health`): from the first load_*
  * that asks for some to detach or close, with all signals blocked. A backend that fails is CLUSTERIP_DOWN until it answers
  * again, whatever load_* and set_backends bring meanwhile. Without this flag `health` is accepted, and the host checks:
- * clusterip_set_backend_state. With it, a backend is given new connections when the host and the checks agree.
+ * clusterip_set_backend_state. With it, a backend is given new connections when the host and the checks agree. Neither
+ * detach nor close may then be called from a visitor: they wait for the thread, and that may be waiting for the visits.
  */
 #define CLUSTERIP_BACKGROUND 4u
 /* [engine] mode of the configurations is not asked: the host has chosen the engine. */

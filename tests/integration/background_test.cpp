@@ -30,7 +30,8 @@ std::size_t threads() {
 /// /proc/self/task/... of the library's thread; empty when there is none.
 std::string checking_thread() {
   for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
-    if (read_text(task.path().string() + "/comm") == "clusterip-check\n") return task.path().string();
+    const std::string path = task.path().string();
+    if (read_text(path + "/comm") == "clusterip-check\n") return path;
   }
   return {};
 }
