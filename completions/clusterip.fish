@@ -1,0 +1,28 @@
+# fish completion for clusterip(1)
+set -l verbs check probe load unload run status trace resolve
+complete -c clusterip -f
+complete -c clusterip -n "not __fish_seen_subcommand_from $verbs" -a check -d 'Show every mistake of a configuration'
+complete -c clusterip -n "not __fish_seen_subcommand_from $verbs" -a probe -d 'Show what this kernel can do'
+complete -c clusterip -n "not __fish_seen_subcommand_from $verbs" -a load -d 'Attach and pin the fast path'
+complete -c clusterip -n "not __fish_seen_subcommand_from $verbs" -a unload -d 'Detach and unpin the fast path'
+complete -c clusterip -n "not __fish_seen_subcommand_from $verbs" -a run -d 'Serve'
+complete -c clusterip -n "not __fish_seen_subcommand_from $verbs" -a status -d 'Show services, backends and counters'
+complete -c clusterip -n "not __fish_seen_subcommand_from $verbs" -a trace -d 'Show decisions as they are made'
+complete -c clusterip -n "not __fish_seen_subcommand_from $verbs" -a resolve -d 'Show which backend a connect() would reach'
+complete -c clusterip -n "not __fish_seen_subcommand_from $verbs" -l version -d 'Show the versions'
+complete -c clusterip -l plugin -r -F -d 'The plugin to load'
+complete -c clusterip -l help -d 'Show the options'
+complete -c clusterip -n '__fish_seen_subcommand_from check' -F
+complete -c clusterip -n '__fish_seen_subcommand_from check probe status trace resolve' -l json -d 'Print JSON'
+complete -c clusterip -n '__fish_seen_subcommand_from load run' -l config -r -F -d 'The configuration'
+complete -c clusterip -n '__fish_seen_subcommand_from load' -l cgroup -x -a '(__fish_complete_directories)' -d 'Attach to this cgroup'
+complete -c clusterip -n '__fish_seen_subcommand_from load unload status trace resolve' -l pin -x -a '(__fish_complete_directories)' -d 'Where the fast path is pinned'
+complete -c clusterip -n '__fish_seen_subcommand_from unload' -l on-exit -r -F -d 'Unload if this file says so'
+complete -c clusterip -n '__fish_seen_subcommand_from run' -l engine -x -a 'auto bpf userspace' -d 'Instead of engine.mode'
+complete -c clusterip -n '__fish_seen_subcommand_from run' -l log-level -x -a 'debug info warning error' -d 'What is logged'
+complete -c clusterip -n '__fish_seen_subcommand_from run status trace' -l control -r -F -d 'The control socket'
+complete -c clusterip -n '__fish_seen_subcommand_from trace' -l service -x -d 'Only this service'
+complete -c clusterip -n '__fish_seen_subcommand_from trace' -l backend -x -d 'Only this backend'
+complete -c clusterip -n '__fish_seen_subcommand_from trace' -l pid -x -a '(__fish_complete_pids)' -d 'Only this process'
+complete -c clusterip -n '__fish_seen_subcommand_from trace' -l verdict -x -a 'rewritten no_backend no_service pass contended ejected' -d 'Only this verdict'
+complete -c clusterip -n '__fish_seen_subcommand_from trace' -l count -x -d 'End after so many'
