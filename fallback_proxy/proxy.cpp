@@ -10,6 +10,7 @@
 #include <atomic>
 #include <boost/asio/post.hpp>
 #include <fstream>
+#include <future>
 #include <set>
 #include <thread>
 #include <utility>
@@ -335,26 +336,47 @@ void Proxy::close_listener(Served& served, bool accept_queued, Posts& posts) {
   if (!served.listener && !served.udp_listener) return;
   const config::Service& settings = served.service->settings();
   const SocketName name{settings.vip, settings.port, settings.protocol};
-  ++closing_[name];
-  posts.add(*served.worker, [this, name, accept_queued, tcp = std::move(served.listener),
+  const std::uint64_t number = ++closings_;
+  closing_[name].insert(number);
+  posts.add(*served.worker, [this, name, number, accept_queued, tcp = std::move(served.listener),
                              udp = std::move(served.udp_listener), alive = std::weak_ptr(alive_)] {
     if (tcp) tcp->stop(accept_queued);
     if (udp) udp->stop();
     admission_.listener_closed();
-    boost::asio::post(control_, [this, name, alive] {
-      if (!alive.expired()) listener_closed(name);
+    boost::asio::post(control_, [this, name, number, alive] {
+      if (!alive.expired()) listener_closed(name, number);
     });
   });
   served.listener.reset();
   served.udp_listener.reset();
 }
 
-void Proxy::listener_closed(const SocketName& name) {
+void Proxy::listener_closed(const SocketName& name, std::uint64_t number) {
   const auto closing = closing_.find(name);
-  if (--closing->second > 0) return;
+  if (closing == closing_.end() || closing->second.erase(number) == 0 || !closing->second.empty()) return;
   closing_.erase(closing);
   const auto found = served_.find(name);
   if (found != served_.end()) open_waiting(found->second);
+}
+
+void Proxy::wait_for_closing() {
+  if (closing_.empty()) return;
+  struct Turn {
+    std::atomic<std::size_t> workers;
+    std::promise<void> over;
+  };
+  const auto turn = std::make_shared<Turn>(workers_.size());
+  for (const auto& worker : workers_) {
+    worker->post([turn] {
+      if (--turn->workers == 0) turn->over.set_value();
+    });
+  }
+  // A worker does in order what it is asked: behind this, it has closed them.
+  if (turn->over.get_future().wait_for(1s) != std::future_status::ready) return;
+  for (const auto& [name, numbers] : std::exchange(closing_, {})) {
+    const auto found = served_.find(name);
+    if (found != served_.end()) open_waiting(found->second);
+  }
 }
 
 void Proxy::open_waiting(Served& served) {

@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -51,6 +52,10 @@ class Proxy {
   /// down refuses as one without a backend does, unless it has `panic`; its connections go on.
   void set_backend_state(const std::string& service, const config::Address& address, std::uint16_t port,
                          config::BackendState state);
+
+  /// A service that comes back right after it has left is served only when its old socket is closed, by a thread that
+  /// may be busy. Waits for that, a second at most, and serves it.
+  void wait_for_closing();
 
   /// Accepts nothing more, and calls `done` when the last connection has ended; what is left after `drain_timeout` is
   /// reset.
@@ -104,7 +109,7 @@ class Proxy {
   bool is_by_route(const config::Address& vip) const;
   config::Result<config::Fd> socket_for(const Service& service);
   void open_listener(Served& served, Posts& posts);
-  void listener_closed(const SocketName& name);
+  void listener_closed(const SocketName& name, std::uint64_t number);
   void open_waiting(Served& served);
   void close_listener(Served& served, bool accept_queued, Posts& posts);
   void leave_backends(const Service& before, const std::shared_ptr<const Service>& after, Posts& posts);
@@ -153,7 +158,8 @@ class Proxy {
   std::vector<State> held_states_;                         // while nothing may change
   std::unordered_map<std::string, std::size_t> services_;  // by name: their index in config_
   std::map<SocketName, Served> served_;
-  std::map<SocketName, std::size_t> closing_;  // sockets that their workers have yet to close
+  std::map<SocketName, std::set<std::uint64_t>> closing_;  // sockets that their workers have yet to close
+  std::uint64_t closings_ = 0;                             // so far: each has its number
   std::vector<Leaving> leaving_;
   boost::asio::steady_timer leaving_timer_;
   boost::asio::steady_timer drain_timer_;

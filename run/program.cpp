@@ -191,6 +191,7 @@ class Program {
       const config::Config before =
           proxied_part(config_, [this](const config::Service& service) { return is_proxied(service); });
       proxy_.apply(with_what_is_about_to_come(before, source.config));
+      proxy_.wait_for_closing();
       auto loaded = fast_->load(source.text, settings_.file);
       if (loaded) loaded = learn_carriers(source.config);
       if (!loaded) {
