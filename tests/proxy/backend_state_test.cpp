@@ -106,10 +106,7 @@ TEST_F(BackendStates, WhatIsDownGetsNothingNewUntilItIsUpAgain) {
   proxy.set(one, BackendState::down);
   EXPECT_TRUE(settles_on(answered_by("two")));
   EXPECT_EQ(proxy.status().backends.at(0).state, BackendState::down);
-  const auto json = to_json(userspace::Status{.since = {}, .services = {proxy.status()}});
-  const auto& backends = json.at("services").at(0).at("backends").as_array();
-  EXPECT_EQ(backends.at(0).at("state"), "down");
-  EXPECT_EQ(backends.at(1).at("state"), "active");
+  EXPECT_EQ(proxy.status().backends.at(1).state, BackendState::active);
   proxy.set(one, BackendState::active);
   proxy.set(two, BackendState::down);
   EXPECT_TRUE(settles_on(answered_by("one")));
