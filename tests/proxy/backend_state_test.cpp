@@ -142,10 +142,11 @@ TEST_F(BackendStates, MayFlapAsFastAsTheyLikeAndTheListenerComesBack) {
   RunningProxy proxy(settings_of({&one}));
   for (int i = 0; i < 200; ++i) {
     proxy.run([&](userspace::Proxy& p) {
-      // Both before any worker has closed anything.
+      // As a rule before a worker has closed anything.
       p.set_backend_state("web", make_address(one.address()), one.port(), BackendState::down);
       p.set_backend_state("web", make_address(one.address()), one.port(), BackendState::active);
     });
+    ASSERT_TRUE(eventually([&] { return proxy.status().is_serving; })) << proxy.status().reason;
   }
   EXPECT_TRUE(settles_on(answered_by("one")));
   EXPECT_EQ(proxy.status().reason, "");
