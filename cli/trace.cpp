@@ -156,13 +156,14 @@ Outcome run(const Plugin& plugin, const Given& given) {
 
 }  // namespace
 
-const Verb trace_verb{
-    .name = "trace",
-    .usage = "[--service NAME] [--backend ADDRESS:PORT] [--pid PID] [--verdict VERDICT] [--count N] [--json]",
-    .argument = {},
-    .summary = "show each decision of the fast path, a line each, as it is made",
-    .describe = describe,
-    .run = run,
-    .works_without_plugin = true};
+const Verb trace_verb{.name = "trace",
+                      .usage =
+                          "[--service NAME] [--backend ADDRESS:PORT] [--pid PID] [--verdict VERDICT] [--count N] "
+                          "[--control PATH | --pin DIR] [--json]",
+                      .argument = {},
+                      .summary = "show each decision of the fast path, a line each, as it is made",
+                      .describe = describe,
+                      .run = run,
+                      .works_without_plugin = true};
 
 }  // namespace cli

@@ -131,6 +131,7 @@ TEST_F(Control, StatusTellsWhatIsServedAndWhatIsNotAndWhy) {
   FallbackProxy proxy(proxy_toml({{"web", vip, 80, {backend(one, 3), backend(drained, 1, "drain")}},
                                   {"empty", vip, 81, {backend(drained, 1, "drain")}},
                                   {"elsewhere", "192.0.2.1", 80, {backend(one)}},
+                                  {"fast", vip, 82, {backend(one)}, "refuse", "engine = \"bpf\"\n"},
                                   {"dead", vip, 83, {{"127.0.0.1", 1}}}}));
   ASSERT_EQ(ask(vip, 80), answered_by("one"));
   ASSERT_EQ(ask(vip, 80), answered_by("one"));
@@ -145,7 +146,7 @@ TEST_F(Control, StatusTellsWhatIsServedAndWhatIsNotAndWhy) {
   EXPECT_EQ(seen.at("since").as_string().size(), std::string("2026-01-01T00:00:00Z").size());
 
   const auto& services = seen.at("services").as_array();
-  ASSERT_EQ(services.size(), 4u);
+  ASSERT_EQ(services.size(), 5u);
   const object& web = services[0].as_object();
   EXPECT_EQ(web.at("name"), "web");
   EXPECT_EQ(web.at("vip"), vip);

@@ -243,7 +243,7 @@ TEST_F(ProxyReload, WhatIsQueuedWhenAServiceLeavesIsServed) {
   proxy.files()->write(proxy_toml({{"other", "127.0.3.1", 80, {backend(one)}}}));
   proxy.signal(SIGHUP);
   proxy.signal(SIGCONT);
-  proxy.wait_for_log("serving 1 services");
+  proxy.wait_for_log("serving 1 service");
   for (const Fd& client : queued) EXPECT_EQ(receive_all(client), "one");
 }
 

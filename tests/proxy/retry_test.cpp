@@ -218,7 +218,8 @@ TEST_F(Retry, NoNewConnectionNoticesThatABackendIsKilledAndRestarted) {
   before.wait_for(100);
   mortal->kill();
   mortal->wait();
-  // From here on nobody may see an error; of what had reached it before, one connection may.
+  // From here on nobody may see an error. Of what had reached it before, two connections may: the kernel closes what a
+  // killed process had one by one, so that the client of the first can be back before the listener is closed.
   Asker after(vip, vip_port);
   after.wait_for(500);
   mortal.emplace(server("mortal", 7001));
@@ -237,7 +238,7 @@ TEST_F(Retry, NoNewConnectionNoticesThatABackendIsKilledAndRestarted) {
   earlier.erase("mortal");
   std::uint64_t errors = 0;
   for (const auto& [answer, times] : earlier) errors += times;
-  EXPECT_LE(errors, 1U) << testing::PrintToString(earlier);
+  EXPECT_LE(errors, 2U) << testing::PrintToString(earlier);
 }
 
 }  // namespace

@@ -194,9 +194,13 @@ class StorageCounter {
     LIBBPF_OPTS(bpf_prog_load_opts, options, .expected_attach_type = BPF_TRACE_ITER,
                 .attach_btf_id = static_cast<__u32>(support::checked(
                     libbpf_find_vmlinux_btf_id("bpf_sk_storage_map", BPF_TRACE_ITER), "the iterator's type")));
-    program_ = Fd(support::checked(
-        bpf_prog_load(BPF_PROG_TYPE_TRACING, "count", "GPL", count, std::size(count), &options), "the iterator"));
+    const int program = bpf_prog_load(BPF_PROG_TYPE_TRACING, "count", "GPL", count, std::size(count), &options);
+    // Some builds of Linux 6.18 load no program for iterators over map elements, also none of two instructions.
+    if (program != -EPERM) program_ = Fd(support::checked(program, "the iterator"));
   }
+
+  /// False where the kernel refuses even the capable: then nothing can be counted.
+  explicit operator bool() const { return program_.get() >= 0; }
 
   std::size_t operator()(const Fd& map) const {
     bpf_iter_link_info info{};
@@ -311,7 +315,10 @@ int torture(std::uint64_t connects, unsigned threads) {
   const StorageCounter count;
   const Fd sessions = support::pinned_map(pin, "Session_Map"), flows = support::pinned_map(pin, "Flow_Map");
   Tallies tallies;
-  prove_counter(count, sessions, flows, tallies);
+  if (count)
+    prove_counter(count, sessions, flows, tallies);
+  else
+    fmt::print("this kernel does not list socket storage: what is left of it is not counted\n");
   std::atomic<std::int64_t> left = static_cast<std::int64_t>(connects);
   std::atomic<unsigned> running = threads;
   const auto start = std::chrono::steady_clock::now();
@@ -329,9 +336,11 @@ int torture(std::uint64_t connects, unsigned threads) {
 
   Books books;
   // The kernel ends sockets and their storage a little later than close() returns.
-  support::eventually([&] { return count(sessions) == 0 && count(flows) == 0; });
-  books.expect(count(sessions), 0, "Session_Map");
-  books.expect(count(flows), 0, "Flow_Map");
+  if (count) {
+    support::eventually([&] { return count(sessions) == 0 && count(flows) == 0; });
+    books.expect(count(sessions), 0, "Session_Map");
+    books.expect(count(flows), 0, "Flow_Map");
+  }
   books.expect(count_keys(service_map, sizeof(service_key)), keys, "Service_Map");
   const Fd affinities = support::pinned_map(pin, "Affinity_Map");
   const std::size_t clients = count_keys(affinities, sizeof(affinity_key));
