@@ -21,8 +21,8 @@ struct Settings {
   bool take_over = false;                    // replace the process at the control socket; without a fast path only
 };
 
-/// Serves until a signal ends it. `plugin` null: there is no fast path, for the reason `no_plugin`, or, without one, since
-/// the program has none. Logs; a failure is what kept it from serving.
+/// Serves until a signal ends it. `plugin` null: there is no fast path, for the reason `no_plugin`, or, without one,
+/// since the program has none. Logs; a failure is what kept it from serving.
 cli::Outcome serve(const Settings& settings, const cli::Plugin* plugin, const std::string& no_plugin);
 
 /// [engine] control of the configuration; logs its mistakes.

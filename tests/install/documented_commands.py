@@ -177,6 +177,13 @@ BLOCKS = {
     "README.md": {
         "sudo scripts/quickstart": Run("empty", holds=("nothing is left",)),
         "sudo scripts/test": Elsewhere("it runs this test", "scripts/test", "ctest --test-dir"),
+        "sudo scripts/install-packages --guest":
+            Run("empty", status=(0, 1), holds=(r"packages: (all \d+ are there|installing )",)),
+        "sudo tests/systemd/run":
+            Elsewhere("a guest in an emulated machine: minutes, and packages that nothing else needs", "tests/systemd/run",
+                      "qemu-system-x86_64 -accel tcg"),
+        "cmake --preset deb && cmake --build --preset deb && cpack --preset deb":
+            Elsewhere("Install.Packages makes the packages, of the build under test", "tests/install/install_test.py", "DEB"),
         "sudo scripts/install-packages": Run("empty", holds=(r"packages: all \d+ are there",)),
         "sudo cmake --preset release && sudo cmake --build --preset release": Run("empty", holds=("preset release",)),
         "sudo cmake --install build/release":
