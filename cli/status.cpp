@@ -59,6 +59,7 @@ Outcome run(const Plugin& plugin, const Given& given) {
   if (!given.options.contains("pin")) {
     auto answer = ask_service(given.options["control"].as<std::string>());
     if (!answer) return std::unexpected(answer.error());
+    if (!*answer && !given.options["control"].defaulted()) return std::unexpected(nobody_listens(given));
     status = std::move(*answer);
   }
   if (!status) {

@@ -148,6 +148,7 @@ Outcome run(const Plugin& plugin, const Given& given) {
     if (!client)
       return std::unexpected(Failure{.exit = exit_for(client.error().code), .message = client.error().message});
     if (*client) return trace_service(**client, printer);
+    if (!given.options["control"].defaulted()) return std::unexpected(nobody_listens(given));
   }
   if (!plugin.library) return std::unexpected(Failure{.message = given.plugin_problem});
   const std::string pin = given.options.contains("pin") ? given.options["pin"].as<std::string>() : default_pin();

@@ -42,9 +42,7 @@ config::Result<config::Fd> listen_control(const std::string& path) {
   const auto live = ControlClient::connect(path);
   if (!live) return std::unexpected(live.error());
   if (*live) {
-    return config::fail(-EADDRINUSE, fmt::format("pid {} serves already (it listens at {}); to replace it, start with "
-                                                 "--take-over",
-                                                 (*live)->pid(), path));
+    return config::fail(-EADDRINUSE, fmt::format("pid {} serves already (it listens at {})", (*live)->pid(), path));
   }
   struct stat left{};
   if (::lstat(path.c_str(), &left) == 0) {

@@ -87,14 +87,15 @@ Result<void> BackgroundChecks::load(config::Config config) {
   // Before anything changes: it may fail.
   std::map<std::string, config::Service> before = std::exchange(services_, std::move(asked));
   auto started = start();
-  if (started && thread_ && !std::exchange(has_begun_, true)) learn_adopted_states();
   for (config::Service& service : config.services) mark_down(service);
   auto loaded = started ? engine_.load(std::move(config)) : started;
   if (!loaded) {
     services_ = std::move(before);
     return loaded;
   }
-  reset_unchecked();
+  // With the pin path of [engine], it is only now that there is something to learn from.
+  if (thread_ && !std::exchange(has_begun_, true)) learn_adopted_states();
+  forget_unchecked();
   check_services();
   return {};
 }
@@ -121,18 +122,10 @@ void BackgroundChecks::mark_down(config::Service& service) const {
   }
 }
 
-/// What was down and is not checked any more is what others say it is.
-void BackgroundChecks::reset_unchecked() {
-  for (auto next = down_.begin(); next != down_.end();) {
-    const auto entry = next++;
-    const auto& [name, endpoints] = *entry;
-    if (services_.contains(name)) continue;
-    for (const auto& [address, port] : endpoints) {
-      // It may have left, with its service or alone.
-      (void)engine_.set_backend_state(name, address, port, config::BackendState::active);
-    }
-    down_.erase(entry);
-  }
+/// What was down and is not checked any more is what the configuration says: the engine keeps `down` for services with
+/// health only.
+void BackgroundChecks::forget_unchecked() {
+  std::erase_if(down_, [this](const auto& entry) { return !services_.contains(entry.first); });
 }
 
 Result<void> BackgroundChecks::set_backends(const std::string& name, std::vector<config::Backend> backends) {

@@ -53,7 +53,7 @@ class BackgroundChecks {
   void mark_down(config::Service& service) const;
   void learn_adopted_states();
   void check_services();
-  void reset_unchecked();
+  void forget_unchecked();
   void reconcile();
   void changed(std::span<const health::Change> changes);
   void set_down(const std::string& service, const Endpoint& backend, bool is_down);

@@ -348,16 +348,34 @@ Result<void> BpfEngine::load_services(config::Config& config) {
   }
   keep_down(config.services);
   config.services.push_back(canary_service());
+  // Which hooks are missing follows from what is published. If they cannot be attached, what served serves again.
+  std::vector<config::Service> served;
+  const bool is_live = state_ && attachment_.is_attached();
+  const bool served_names = is_live && state_->publisher->peer_names();
+  if (is_live) {
+    served = state_->publisher->services();
+  }
   const config::Limits before = std::exchange(limits_, config.limits);
   if (auto published = publish(config.services, config.engine.peer_names); !published) {
     limits_ = before;
     return published;
   }
-  left_out_ = std::move(*left_out);
+  if (auto attached = attach_missing(); !attached) {
+    limits_ = before;
+    if (auto restored = publish(served, served_names); !restored) {
+      attached.error().message += "; and what served before could not be restored: " + restored.error().message;
+    }
+    return attached;
+  }
+  left_out_.clear();
+  for (auto& service : *left_out) {
+    std::string name = service.name;
+    left_out_.emplace(std::move(name), std::move(service));
+  }
   mode_ = config.engine.mode;
   note_limits();
   end_sockets_of_left();
-  return attach_missing();
+  return {};
 }
 
 /// After the change, and not a part of it: what fails here is told by status().
@@ -466,8 +484,8 @@ std::string BpfEngine::reason_left_out(const config::Service& service) const {
   if (!options_.any_mode && mode_ == config::EngineMode::userspace) {
     return mode_userspace;
   }
-  const auto whole = std::ranges::find(left_out_, service.name, &config::Service::name);
-  config::Service loaded = whole != left_out_.end() ? *whole : service;
+  const auto whole = left_out_.find(service.name);
+  config::Service loaded = whole != left_out_.end() ? whole->second : service;
   if (whole == left_out_.end()) {
     loaded.engine = config::EngineMode::automatic;  // what is published does not tell what the file said
   }
@@ -761,10 +779,9 @@ Result<std::vector<ServiceStatus>> BpfEngine::status() {
                         .reason = {},
                         .is_carried = true};
       if (is_left_out(one.service)) {
-        const auto whole = std::ranges::find(left_out_, one.service.name, &config::Service::name);
-        if (whole != left_out_.end()) {
-          one.service = *whole;
-          one.backends.resize(whole->backends.size());
+        if (const auto whole = left_out_.find(one.service.name); whole != left_out_.end()) {
+          one.service = whole->second;
+          one.backends.resize(one.service.backends.size());
         }
         one.is_carried = false;
         one.reason = reason_left_out(one.service);

@@ -11,6 +11,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "config/config.h"
@@ -128,9 +129,9 @@ class BpfEngine {
   std::unique_ptr<State> state_;
   Attachment attachment_;
   std::optional<EventReader> events_;
-  std::string sweep_obstacle_;             // why sockets of backends that left may still be there
-  std::vector<config::Service> left_out_;  // services that are left to the userspace engine, as they were loaded
-  config::EngineMode mode_ = config::EngineMode::automatic;  // [engine] mode of what was loaded
+  std::string sweep_obstacle_;                                 // why sockets of backends that left may still be there
+  std::unordered_map<std::string, config::Service> left_out_;  // to the userspace engine, as they were loaded
+  config::EngineMode mode_ = config::EngineMode::automatic;    // [engine] mode of what was loaded
 };
 
 }  // namespace plugin

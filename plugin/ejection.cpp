@@ -35,19 +35,23 @@ void limit_ejections(const Maps& maps, const Block& block) {
   const auto members = members_of(block, maps.slots());
   const auto backends = maps.backends();
   const std::uint64_t now = monotonic_now();
-  std::array<backend_record*, EJECT_GROUP> ejected{};  // a publication allocates nothing once it has begun
+  // A publication allocates nothing once it has begun. The times are copies: the kernel changes them meanwhile.
+  std::array<std::pair<std::uint64_t, backend_record*>, EJECT_GROUP> ejected{};
   for (std::uint32_t place = 0; place < members.size();) {
     const eject_group group = eject_group_of(place, static_cast<std::uint32_t>(members.size()));
     std::size_t count = 0;
     for (const auto& member : members.subspan(group.first, group.size)) {
-      if (member.slot.backend < backends.size() && is_ejected(backends[member.slot.backend], now)) {
-        ejected[count++] = &backends[member.slot.backend];
+      if (member.slot.backend >= backends.size()) {
+        continue;
+      }
+      backend_record& backend = backends[member.slot.backend];
+      if (const std::uint64_t until = load(backend.ejected_until); until > now) {
+        ejected[count++] = {until, &backend};
       }
     }
-    std::ranges::sort(std::span(ejected).first(count), {},
-                      [](const backend_record* backend) { return load(backend->ejected_until); });
+    std::ranges::sort(std::span(ejected).first(count));
     for (std::size_t i = 0; i + group.size / 2 < count; ++i) {
-      std::atomic_ref(ejected[i]->ejected_until).store(0, std::memory_order_relaxed);
+      std::atomic_ref(ejected[i].second->ejected_until).store(0, std::memory_order_relaxed);
     }
     place = group.first + group.size;
   }

@@ -131,7 +131,11 @@ awaitable<void> ControlServer::accept() {
       continue;
     }
     if (sessions_.use_count() > max_sessions) continue;
-    Socket socket(acceptor_.get_executor(), boost::asio::local::stream_protocol(), accepted.release());
+    Socket socket(acceptor_.get_executor());
+    boost::system::error_code unwatched;  // epoll has no room
+    socket.assign(boost::asio::local::stream_protocol(), accepted.get(), unwatched);
+    if (unwatched) continue;
+    accepted.release();
     co_spawn(acceptor_.get_executor(), converse(std::make_shared<Session>(std::move(socket), sessions_)),
              boost::asio::detached);
   }

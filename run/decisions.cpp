@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "cli/endpoint.h"
+#include "config/fd.h"
 #include "config/printable.h"
 
 namespace run {
@@ -144,9 +145,6 @@ config::Result<std::shared_ptr<void>> Decisions::subscribe(FastPath* fast_path, 
 
 /// Keeps events coming. Ends with the last subscriber: then the kernel's own limit stops them.
 config::Result<void> Decisions::renew() {
-  const auto events = fast_path_->enable_events(enabled_seconds);
-  if (!events) return config::fail(-EIO, events.error().message);
-  watch(*events);
   renewal_.expires_after(renewal_pause);
   renewal_.async_wait([this](const boost::system::error_code& error) {
     if (error) return;
@@ -154,10 +152,13 @@ config::Result<void> Decisions::renew() {
       (void)renew();  // a failure shows as silence; the canary tells why
       return;
     }
-    descriptor_.close();
+    boost::system::error_code ignored;
+    descriptor_.close(ignored);
     watched_ = -1;
   });
-  return {};
+  const auto events = fast_path_->enable_events(enabled_seconds);
+  if (!events) return config::fail(-EIO, events.error().message);
+  return watch(*events);
 }
 
 void Decisions::fast_path_changed() {
@@ -167,12 +168,19 @@ void Decisions::fast_path_changed() {
   }
 }
 
-void Decisions::watch(int events) {
-  if (events == watched_) return;
-  descriptor_.close();
+config::Result<void> Decisions::watch(int events) {
+  if (events == watched_) return {};
+  boost::system::error_code error;
+  descriptor_.close(error);
+  watched_ = -1;
+  config::Fd copy(::fcntl(events, F_DUPFD_CLOEXEC, 0));
+  if (!copy) return config::fail_errno(errno, "the descriptor of events");
+  descriptor_.assign(copy.get(), error);
+  if (error) return config::fail(-error.value(), "watching for events: " + error.message());
+  copy.release();
   watched_ = events;
-  descriptor_.assign(::fcntl(events, F_DUPFD_CLOEXEC, 0));
   wait();
+  return {};
 }
 
 void Decisions::wait() {

@@ -45,7 +45,7 @@ class Decisions {
 
  private:
   config::Result<void> renew();
-  void watch(int events);
+  config::Result<void> watch(int events);
   void wait();
   void hand_out();
 

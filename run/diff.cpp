@@ -45,7 +45,7 @@ void compare_backends(const config::Service& before, const config::Service& afte
     const config::Backend& old = *found->second;
     if (old.weight != backend.weight)
       changes.push_back(fmt::format("{} weight {} -> {}", text_of(endpoint), old.weight, backend.weight));
-    if (old.state != backend.state)
+    if ((old.state == config::BackendState::drain) != (backend.state == config::BackendState::drain))
       changes.push_back(fmt::format("{} {} -> {}", text_of(endpoint), config::name_of(config::state_names, old.state),
                                     config::name_of(config::state_names, backend.state)));
     had.erase(found);

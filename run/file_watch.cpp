@@ -17,6 +17,8 @@ namespace fs = std::filesystem;
 
 // Editors and scripts do several things in a row.
 constexpr auto quiet_time = std::chrono::milliseconds(100);
+// Between two looks for a directory that is gone.
+constexpr auto missing_time = std::chrono::seconds(2);
 
 constexpr std::uint32_t events = IN_CLOSE_WRITE | IN_MOVED_TO | IN_MOVED_FROM | IN_CREATE | IN_DELETE | IN_ATTRIB |
                                  IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR;
@@ -63,21 +65,29 @@ FileWatch::FileWatch(boost::asio::io_context& io, std::string file, std::functio
 }
 
 /// A directory that is watched already is not watched twice: the kernel knows it by its inode.
-void FileWatch::watch_directories() {
+/// False when one of them is missing.
+bool FileWatch::watch_directories() {
+  bool all = true;
   for (const fs::path& directory : directories_to(file_))
-    ::inotify_add_watch(inotify_.native_handle(), directory.c_str(), events);
+    all = ::inotify_add_watch(inotify_.native_handle(), directory.c_str(), events) >= 0 && all;
+  return all;
+}
+
+void FileWatch::look_again(std::chrono::milliseconds pause) {
+  pause_.expires_after(pause);
+  pause_.async_wait([this](const boost::system::error_code& cancelled) {
+    if (cancelled) return;
+    // The links may lead elsewhere now. Nothing tells when a directory comes back.
+    if (!watch_directories()) look_again(missing_time);
+    changed_();
+  });
 }
 
 void FileWatch::wait() {
   inotify_.async_wait(inotify_.wait_read, [this](const boost::system::error_code& error) {
     if (error) return;
     if (read_events()) {
-      pause_.expires_after(quiet_time);
-      pause_.async_wait([this](const boost::system::error_code& cancelled) {
-        if (cancelled) return;
-        watch_directories();  // the links may lead elsewhere now
-        changed_();
-      });
+      look_again(quiet_time);
     }
     wait();
   });

@@ -4,6 +4,7 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/posix/stream_descriptor.hpp>
 #include <boost/asio/steady_timer.hpp>
+#include <chrono>
 #include <filesystem>
 #include <functional>
 #include <set>
@@ -21,7 +22,8 @@ class FileWatch {
   FileWatch(boost::asio::io_context& io, std::string file, std::function<void()> changed);
 
  private:
-  void watch_directories();
+  bool watch_directories();
+  void look_again(std::chrono::milliseconds pause);
   void wait();
   bool read_events();
 

@@ -29,7 +29,9 @@ using prometheus::MetricFamily;
 using prometheus::MetricType;
 using Labels = std::vector<ClientMetric::Label>;
 
-constexpr std::string_view threads = "2";
+constexpr std::string_view threads = "4";
+constexpr std::string_view request_time =
+    "1000";  // ms for a request to come: whoever says nothing holds a thread for so long
 // A scrape ends without metrics when the service does something else for so long.
 constexpr auto patience = std::chrono::seconds(5);
 
@@ -197,7 +199,9 @@ class Metrics::Collector : public prometheus::Collectable {
   std::vector<MetricFamily> Collect() const override {
     auto answer = std::make_shared<std::promise<Status>>();
     auto future = answer->get_future();
-    boost::asio::post(io_, [answer, status = status_] { answer->set_value(status()); });
+    boost::asio::post(io_, [weak = std::weak_ptr(answer), status = status_] {
+      if (const auto asked = weak.lock()) asked->set_value(status());  // unless the scrape was given up
+    });
     // In steps: when the service ends, nobody answers any more.
     for (auto waited = std::chrono::milliseconds(0); waited < patience && !is_over_;
          waited += std::chrono::milliseconds(20)) {
@@ -228,7 +232,8 @@ config::Result<std::unique_ptr<Metrics>> Metrics::serve(boost::asio::io_context&
 Metrics::Metrics(std::shared_ptr<Collector> collector, const std::string& listen,
                  const userspace::SocketAddress& address)
     : address_(address), collector_(std::move(collector)) {
-  exposer_.emplace(std::vector<std::string>{"listening_ports", listen, "num_threads", std::string(threads)});
+  exposer_.emplace(std::vector<std::string>{"listening_ports", listen, "num_threads", std::string(threads),
+                                            "request_timeout_ms", std::string(request_time)});
   exposer_->RegisterCollectable(collector_);
 }
 

@@ -61,8 +61,8 @@ struct Source {
   config::Config config;
 };
 
-/// Logs every mistake, as compilers show them.
-std::optional<Source> read(const std::string& file) {
+/// Logs every mistake, as compilers show them. `refused` gets the text that has them.
+std::optional<Source> read(const std::string& file, std::string* refused = nullptr) {
   auto text = config::read_file(file);
   if (!text) {
     spdlog::error("{}", text.error().message);
@@ -71,6 +71,7 @@ std::optional<Source> read(const std::string& file) {
   auto config = config::read_config(*text);
   if (config) return Source{.text = std::move(*text), .config = std::move(*config)};
   for (const config::Mistake& mistake : config.error()) spdlog::error("{}", config::render(mistake, *text, file));
+  if (refused != nullptr) *refused = std::move(*text);
   return {};
 }
 
@@ -88,7 +89,10 @@ class Program {
       : settings_(settings),
         mode_(settings.engine.value_or(first.engine.mode)),
         plugin_(plugin),
-        no_fast_path_(std::move(no_plugin)),
+        no_plugin_(std::move(no_plugin)),
+        no_fast_path_(no_plugin_),
+        pin_(first.engine.pin),
+        cgroup_(first.engine.cgroup),
         control_path_(settings.control.value_or(first.engine.control)),
         signals_(control_, SIGHUP, SIGTERM, SIGINT),
         predecessor_(control_),
@@ -106,6 +110,9 @@ class Program {
       predecessor = std::move(*found);
     }
     auto socket = predecessor ? inherit(*predecessor) : userspace::listen_control(control_path_);
+    if (!socket && socket.error().code == -EADDRINUSE)
+      socket.error().message += can_replace() ? "; to replace it, start with --take-over"
+                                              : "; stop it, or let this one have a --control of its own";
     if (!socket && (predecessor || socket.error().code == -EADDRINUSE))
       return std::unexpected(to_failure(socket.error()));
     if (!socket) spdlog::warn("no status and no upgrade: {}", socket.error().message);
@@ -118,7 +125,7 @@ class Program {
       if (auto replaced = replace(*predecessor); !replaced) return std::unexpected(to_failure(replaced.error()));
       userspace::adopt_control(socket->get());
     }
-    if (!fast_) remove_stale_fast_path(engine.pin);
+    if (!fast_) remove_stale_fast_path();
     if (socket) serve_control(std::move(*socket));
     if (engine.watch) watch();
     if (metrics.listen) serve_metrics(*metrics.listen);
@@ -135,7 +142,7 @@ class Program {
   void leave() {
     if (!fast_) return;
     if (config_.engine.on_exit == config::OnExit::keep) {
-      spdlog::info("the fast path stays at {}", config_.engine.pin);
+      spdlog::info("the fast path stays at {}", pin_);
       return;
     }
     if (const auto detached = fast_->detach(); !detached)
@@ -147,10 +154,12 @@ class Program {
  private:
   // Engines
 
+  /// fallback_proxy: no fast path, and no reason for that but what it is.
+  bool can_replace() const { return plugin_ == nullptr && no_plugin_.empty(); }
+
   std::expected<void, Failure> open_fast_path() {
     if (mode_ == EngineMode::userspace) {
-      const bool is_nothing_else = plugin_ == nullptr && no_fast_path_.empty();  // fallback_proxy
-      if (!is_nothing_else) no_fast_path_ = settings_.engine ? "--engine userspace" : "engine.mode is \"userspace\"";
+      if (!can_replace()) no_fast_path_ = settings_.engine ? "--engine userspace" : "engine.mode is \"userspace\"";
       return {};
     }
     if (plugin_ == nullptr) return do_without(Failure{.exit = cli::Exit::unsupported, .message = no_fast_path_});
@@ -277,13 +286,13 @@ class Program {
 
   /// Both engines have `source`, or are about to: what is left cannot fail.
   void adopt(Source source) {
+    checker_.apply(source.config.services);  // first: it tells what is down
     const auto problems = proxy_.apply(
         proxied_part(source.config, [this](const config::Service& service) { return is_proxied(service); }));
     for (const std::string& problem : problems) spdlog::warn("{}", problem);
-    checker_.apply(source.config.services);
     text_ = std::move(source.text);
     config_ = std::move(source.config);
-    if (fast_) set_states_of_moved();
+    if (fast_) reconcile_states();
     forget_reasons();
     reloads_.last_good = std::chrono::system_clock::now();
     tell_what_serves();
@@ -292,14 +301,18 @@ class Program {
     ::malloc_trim(0);
   }
 
-  /// A backend that is down for a service which has just come to the fast path.
-  void set_states_of_moved() {
-    for (const config::Service& service : config_.services) {
-      if (!service.health || !is_carried(service)) continue;
-      for (const config::Backend& backend : service.backends) {
-        if (backend.state == config::BackendState::active &&
-            checker_.is_down(service.name, backend.address, backend.port))
-          set_state(service.name, backend.address, backend.port, config::BackendState::down);
+  /// The fast path keeps what it was told of a VIP's backends; the checks know it by the service's name, and a change
+  /// may have failed. config_ has what the fast path has, until here.
+  void reconcile_states() {
+    for (config::Service& service : config_.services) {
+      if (!service.health) continue;
+      for (config::Backend& backend : service.backends) {
+        if (backend.state == config::BackendState::drain) continue;
+        const bool is_down = checker_.is_down(service.name, backend.address, backend.port);
+        const auto state = is_down ? config::BackendState::down : config::BackendState::active;
+        if (is_carried(service) && backend.state != state)
+          set_state(service.name, backend.address, backend.port, state);
+        backend.state = config::BackendState::active;  // as the file has it
       }
     }
   }
@@ -338,17 +351,21 @@ class Program {
   }
 
   /// A fast path that an earlier process left would go on rewriting: now that the userspace engine serves, it goes.
-  void remove_stale_fast_path(const std::string& pin) {
-    if (plugin_ == nullptr || mode_ != EngineMode::userspace) return;
-    const auto something = cli::anything_pinned(pin);
-    if (!something || !*something) return;
-    auto error = cli::sized<clusterip_error>();
-    const auto handle = cli::open_pinned(*plugin_, pin);
-    if (handle && plugin_->detach(handle->get(), &error) == 0)
-      spdlog::info("the fast path that was left at {} is detached: the userspace engine serves", pin);
-    else
-      spdlog::warn("the fast path that was left at {} goes on rewriting connects: {}", pin,
-                   handle ? static_cast<const char*>(error.message) : handle.error().message);
+  void remove_stale_fast_path() {
+    const auto something = cli::anything_pinned(pin_);
+    if (can_replace() || !something || !*something) return;
+    std::string why = no_plugin_;
+    if (plugin_ != nullptr) {
+      auto error = cli::sized<clusterip_error>();
+      const auto handle = cli::open_pinned(*plugin_, pin_);
+      if (handle && plugin_->detach(handle->get(), &error) == 0)
+        return spdlog::info("the fast path that was left at {} is detached: the userspace engine serves", pin_);
+      why = handle ? static_cast<const char*>(error.message) : handle.error().message;
+    }
+    const std::string warning =
+        fmt::format("the fast path that was left at {} goes on rewriting connects: {}", pin_, why);
+    spdlog::warn("{}", warning);
+    no_fast_path_ += "; " + warning;
   }
 
   // Health
@@ -386,7 +403,8 @@ class Program {
     if (!fast_ || (found != carriers_.end() && found->second.engine == EngineMode::userspace))
       return proxy_.set_backend_state(service, address, port, state);
     if (const auto set = fast_->set_backend_state(service, address, port, state); !set)
-      spdlog::error("service {}: {}", config::printable(service), set.error().message);
+      spdlog::error("service {}: backend {} stays as it is until the next reload: {}", config::printable(service),
+                    config::to_text(address, port), set.error().message);
   }
 
   void forget_reasons() {
@@ -401,24 +419,28 @@ class Program {
   /// Now, and again after a pause.
   void prove() {
     if (!fast_) return;
-    const bool had_passed = !canary_ || canary_->passed;
     look_at_canary();
-    if (!canary_->passed && fast_->attach()) {
-      // The cgroup was removed and made again, or somebody has detached what is ours.
-      look_at_canary();
-      if (canary_->passed) spdlog::warn("the fast path was not attached any more: attached again");
-    }
-    if (had_passed && !canary_->passed) spdlog::error("the canary failed: {}", canary_->message);
-    if (!had_passed && canary_->passed) spdlog::info("the canary passes again");
     canary_timer_.expires_after(canary_pause);
     canary_timer_.async_wait([this](const boost::system::error_code& error) {
       if (!error) prove();
     });
   }
 
+  /// Mends what it can; says so, and what it cannot, once.
   void look_at_canary() {
     canary_ = fast_->canary();
+    if (!canary_->passed && fast_->attach()) {
+      // The cgroup was removed and made again, or somebody has detached what is ours.
+      canary_ = fast_->canary();
+      if (canary_->passed) spdlog::warn("the fast path was not attached any more: attached again");
+    }
     canary_time_ = userspace::Clock::now();
+    if (canary_->passed == !has_told_of_canary_) return;
+    has_told_of_canary_ = !canary_->passed;
+    if (canary_->passed)
+      spdlog::info("the canary passes again");
+    else
+      spdlog::error("the canary failed: {}", canary_->message);
   }
 
   // Status
@@ -432,8 +454,8 @@ class Program {
                   .file = settings_.file,
                   .has_fast_path = fast_.has_value(),
                   .no_fast_path = fast_ ? "" : no_fast_path_,
-                  .pin = config_.engine.pin,
-                  .cgroup = config_.engine.cgroup,
+                  .pin = pin_,
+                  .cgroup = cgroup_,
                   .canary = canary_,
                   .lost_events = decisions_.lost(),
                   .threads = proxied.threads,
@@ -577,6 +599,7 @@ class Program {
                               spdlog::info("pid {}, which this process has replaced, has ended", pid);
                               predecessor_.close();
                               proxy_.predecessor_has_ended();
+                              if (!metrics_ && config_.metrics.listen) serve_metrics(*config_.metrics.listen);
                             });
     return {};
   }
@@ -594,6 +617,7 @@ class Program {
     is_handing_over_ = false;
     if (is_taken) {
       is_ending_ = true;
+      metrics_.reset();  // the port is the successor's
       proxy_.drain([this] { control_.stop(); });
       spdlog::info("replaced; {} connections to drain", proxy_.connections());
     } else {
@@ -629,9 +653,9 @@ class Program {
   }
 
   bool reload_now() {
-    auto source = read(settings_.file);
+    refused_text_.clear();
+    auto source = read(settings_.file, &refused_text_);
     if (!source) {
-      refused_text_ = config::read_file(settings_.file).value_or("");
       spdlog::error("{} is not valid: the configuration that serves goes on serving", settings_.file);
       return false;
     }
@@ -645,6 +669,7 @@ class Program {
     }
     refused_text_.clear();
     spdlog::info("reloaded: {}", change.empty() ? "no service has changed" : change);
+    prove();
     if (!late.empty()) spdlog::warn("{}: takes effect at the next start", late);
     if (!metrics_ && config_.metrics.listen) serve_metrics(*config_.metrics.listen);
     return true;
@@ -665,7 +690,10 @@ class Program {
   const Settings settings_;
   const EngineMode mode_;
   const cli::Plugin* plugin_;
+  const std::string no_plugin_;
   std::string no_fast_path_;
+  const std::string pin_;  // what is in force, whatever a reload reads
+  const std::string cgroup_;
   const std::string control_path_;
   std::optional<FastPath> fast_;
   std::map<std::string, Carrier> carriers_;  // by service; of the fast path's say
@@ -674,6 +702,7 @@ class Program {
   config::Config config_;
   Reloads reloads_;
   std::optional<cli::Canary> canary_;
+  bool has_told_of_canary_ = false;  // that it fails
   userspace::Clock::time_point canary_time_;
   std::map<std::tuple<std::string, config::Address, std::uint16_t>, std::string> down_reasons_;
   std::uint64_t went_up_ = 0;

@@ -5,7 +5,9 @@
 #include <fmt/format.h>
 #include <netinet/in.h>
 
+#include <algorithm>
 #include <boost/json.hpp>
+#include <limits>
 #include <utility>
 
 #include "cli/endpoint.h"
@@ -172,7 +174,8 @@ ServiceStatus to_status(const userspace::ServiceStatus& seen) {
                                 .connects = backend.connects,
                                 .failures = backend.failures,
                                 .live = backend.live,
-                                .ejected_ms = static_cast<std::uint32_t>(backend.ejected.count()),
+                                .ejected_ms = static_cast<std::uint32_t>(std::min<std::int64_t>(
+                                    backend.ejected.count(), std::numeric_limits<std::uint32_t>::max())),
                                 .reversed = {},
                                 .is_marked = backend.is_marked});
   }
@@ -218,7 +221,7 @@ object to_json(const Status& status) {
   services.reserve(status.services.size());
   for (const ServiceStatus& service : status.services) services.push_back(to_json(service));
   const bool is_running = status.pid != 0;
-  const auto if_running = [is_running](auto known) { return is_running ? value(std::move(known)) : value(nullptr); };
+  const auto if_running = [is_running](const auto& known) { return is_running ? value(known) : value(nullptr); };
   return {{"program", or_null(status.program)},
           {"version", or_null(status.version)},
           {"pid", if_running(status.pid)},

@@ -62,7 +62,8 @@ class Background : public Integration {
   Paths pinned_in_background() const { return {cgroup().path(), pin(), CLUSTERIP_BACKGROUND}; }
 
   static std::uint32_t state_of(Handle& handle, const Mortal& server) {
-    for (const SeenBackend& backend : handle.visit().at(0).backends)
+    const SeenService service = handle.visit().at(0);
+    for (const SeenBackend& backend : service.backends)
       if (backend.port == server.port()) return backend.state;
     return ~0U;
   }

@@ -155,7 +155,8 @@ TEST_F(Eject, BackendIsTriedAgainWhenItsTimeIsOverAndServesWhenItListensAgain) {
   DeadPort dead("127.0.0.2");
   const NamedServer one("one");
   Handle handle = serve(web({backend(one), dead.backend()}, "eject = { failures = 3, time = \"300ms\" }"));
-  ASSERT_TRUE(eventually([&] { return refused(ask_often(1)) + count_ejected(handle) >= 2; })) << "the third failure";
+  ASSERT_TRUE(eventually([&] { return static_cast<std::size_t>(refused(ask_often(1))) + count_ejected(handle) >= 2; }))
+      << "the third failure";
   ASSERT_EQ(count_ejected(handle), 1u);
   const auto two = dead.listen("two");
   EXPECT_EQ(ask_often(100)["one"], 100) << "not yet";
@@ -505,7 +506,8 @@ TEST_F(Eject, ManyClientsAtOnceNeverEjectMoreThanHalf) {
   EXPECT_LE(most, 3u);
   EXPECT_GT(most, 0u);
   std::uint64_t failures = 0;
-  for (const SeenBackend& one : handle.visit().at(0).backends) failures += one.failures;
+  const SeenService service = handle.visit().at(0);
+  for (const SeenBackend& one : service.backends) failures += one.failures;
   EXPECT_EQ(failures, std::uint64_t{clients} * 2000) << "each is counted";
 }
 

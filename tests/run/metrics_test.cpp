@@ -16,16 +16,16 @@ using testing::HasSubstr;
 class RunMetrics : public Running {
  protected:
   std::string text(const std::vector<Service>& services) const {
-    return fmt::format("[metrics]\nlisten = \"127.0.0.1:{}\"\n{}", port_, proxy_toml(services));
+    return fmt::format("[metrics]\nlisten = \"127.0.0.1:{}\"\n{}", port, proxy_toml(services));
   }
   std::string scrape() const {
-    const Finished got = run({"curl", "-sS", "--max-time", "20", fmt::format("http://127.0.0.1:{}/metrics", port_)});
+    const Finished got = run({"curl", "-sS", "--max-time", "20", fmt::format("http://127.0.0.1:{}/metrics", port)});
     EXPECT_EQ(got.exit_code, 0) << got.err;
     return got.out;
   }
   static std::string documented_names() { return read_text(CLUSTERIP_SOURCE_DIR "/docs/metrics.md"); }
 
-  static constexpr std::uint16_t port_ = 9464;
+  static constexpr std::uint16_t port = 9464;
   const NamedServer one_{"one"};
 };
 
@@ -70,7 +70,7 @@ TEST_F(RunMetrics, PleasePromtoolAndAreAllDocumented) {
 }
 
 TEST_F(RunMetrics, PortInUseIsToldAndTheServicesAreServed) {
-  const TcpListener other("127.0.0.1", port_);
+  const TcpListener other("127.0.0.1", port);
   const auto made = files(text({web({backend(one_)})}));
   RunningService service(made);
   EXPECT_THAT(service.wait_for_log("no metrics: "), HasSubstr("binding 127.0.0.1:9464: Address already in use"));

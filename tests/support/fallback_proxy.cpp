@@ -49,7 +49,7 @@ void FallbackProxy::Files::write(const std::string& text) const {
 FallbackProxy::FallbackProxy(const std::string& text, const std::function<void()>& prepare)
     : FallbackProxy(files_with(text), prepare) {}
 
-FallbackProxy::FallbackProxy(std::shared_ptr<const Files> files, const std::function<void()>& prepare,
+FallbackProxy::FallbackProxy(const std::shared_ptr<const Files>& files, const std::function<void()>& prepare,
                              const std::vector<std::string>& more_arguments)
     : FallbackProxy(files, command(*files, more_arguments), prepare) {}
 
@@ -59,8 +59,8 @@ FallbackProxy::FallbackProxy(std::shared_ptr<const Files> files, const std::vect
   wait_for_log("serving ");
 }
 
-RunningService::RunningService(std::shared_ptr<const Files> files, const std::vector<std::string>& more_arguments,
-                               const std::function<void()>& prepare)
+RunningService::RunningService(const std::shared_ptr<const Files>& files,
+                               const std::vector<std::string>& more_arguments, const std::function<void()>& prepare)
     : FallbackProxy(files, run_command(*files, more_arguments), prepare) {}
 
 std::string FallbackProxy::reload(const std::string& text) {

@@ -42,7 +42,7 @@ class FallbackProxy {
   /// something.
   explicit FallbackProxy(const std::string& text, const std::function<void()>& prepare = {});
   /// The same with the files of another, as they are.
-  explicit FallbackProxy(std::shared_ptr<const Files> files, const std::function<void()>& prepare = {},
+  explicit FallbackProxy(const std::shared_ptr<const Files>& files, const std::function<void()>& prepare = {},
                          const std::vector<std::string>& more_arguments = {});
 
   const std::shared_ptr<const Files>& files() const { return files_; }
@@ -85,7 +85,8 @@ class FallbackProxy {
 /// The same for `clusterip run`: the fast path and the userspace engine in one process.
 class RunningService : public FallbackProxy {
  public:
-  explicit RunningService(std::shared_ptr<const Files> files, const std::vector<std::string>& more_arguments = {},
+  explicit RunningService(const std::shared_ptr<const Files>& files,
+                          const std::vector<std::string>& more_arguments = {},
                           const std::function<void()>& prepare = {});
 };
 
