@@ -79,7 +79,8 @@ TEST_P(RunHealth, WithoutAnyBackendItIsRefusedOrWithPanicAllAreTried) {
   RunningService service(files(text(checked, {the_one})));
   one.reset();
   service.wait_for_log(" is down: ");
-  EXPECT_EQ(ask(vip, 80), refused_with(ECONNREFUSED));
+  // The proxy's thread closes its listener a moment later.
+  EXPECT_TRUE(eventually([&] { return ask(vip, 80) == refused_with(ECONNREFUSED); }));
   service.reload(text(checked + std::string("panic = true\n"), {the_one}));
   const NamedServer back("back", "127.0.0.1", NamedServer::Speaks::name, the_one.port);
   EXPECT_TRUE(eventually([&] { return ask(vip, 80) == answered_by("back"); }));
