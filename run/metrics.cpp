@@ -133,7 +133,7 @@ std::vector<MetricFamily> to_metrics(const Status& status) {
                      {"vip", service.vip},
                      {"port", std::to_string(service.port)},
                      {"protocol", std::string(config::name_of(config::protocol_names, service.protocol))},
-                     {"policy", std::string(service.policy)},
+                     {"policy", service.policy},
                      {"engine", std::string(config::name_of(config::engine_names, service.engine))}},
                     1);
   }

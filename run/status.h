@@ -49,8 +49,8 @@ struct ServiceStatus {
   std::string vip;
   std::uint16_t port = 0;
   config::Protocol protocol = config::Protocol::tcp;
-  std::string_view policy;
-  std::string_view no_backend;
+  std::string policy;
+  std::string no_backend;
   config::EngineMode engine = config::EngineMode::bpf;  // bpf or userspace
   std::string reason;                                   // why this engine; or what is wrong
   std::uint64_t connects = 0;
