@@ -1,253 +1,310 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #include "run/metrics.h"
 
-#include <prometheus/collectable.h>
-#include <prometheus/metric_family.h>
+#include <fmt/format.h>
 #include <sys/socket.h>
 
-#include <atomic>
+#include <boost/asio/as_tuple.hpp>
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/detached.hpp>
 #include <boost/asio/post.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <boost/asio/use_awaitable.hpp>
+#include <boost/beast/core/flat_buffer.hpp>
+#include <boost/beast/http.hpp>
 #include <cerrno>
 #include <chrono>
-#include <future>
-#include <optional>
+#include <concepts>
 #include <string_view>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "cli/endpoint.h"
-#include "config/fd.h"
 #include "config/names.h"
 #include "config/values.h"
+#include "fallback_proxy/backend.h"
 
 namespace run {
 namespace {
 
-using prometheus::ClientMetric;
-using prometheus::MetricFamily;
-using prometheus::MetricType;
-using Labels = std::vector<ClientMetric::Label>;
+namespace http = boost::beast::http;
+using boost::asio::awaitable;
+using namespace std::chrono_literals;
 
-constexpr std::string_view threads = "4";
-constexpr std::string_view request_time =
-    "1000";  // ms for a request to come: whoever says nothing holds a thread for so long
-// A scrape ends without metrics when the service does something else for so long.
-constexpr auto patience = std::chrono::seconds(5);
+// Whoever can reach the port may ask. What one of them costs is little, and is over soon.
+constexpr long max_sessions = 8;
+constexpr std::uint32_t max_request = 8192;  // bytes
+constexpr auto request_time = 2s;            // for a request to come
+constexpr auto answer_time = 30s;            // for its answer to be taken
+constexpr auto patience = 5s;                // with the service's thread, when it does something else
+constexpr auto pause_time = 100ms;           // when accepting fails, as it does without descriptors
 
-/// The families of one scrape, in the order of docs/metrics.md.
-class Families {
+constexpr auto use_tuple = boost::asio::as_tuple(boost::asio::use_awaitable);
+
+/// `{service="web",backend="10.0.0.1:80"}`, what the format asks for escaped.
+std::string labels(std::initializer_list<std::pair<std::string_view, std::string_view>> pairs) {
+  std::string text = "{";
+  for (const auto& [name, value] : pairs) {
+    if (text.size() > 1) text += ',';
+    text.append(name).append("=\"");
+    for (const char c : value) {
+      if (c == '\\' || c == '"') text += '\\';
+      if (c == '\n')
+        text += "\\n";
+      else
+        text += c;
+    }
+    text += '"';
+  }
+  text += '}';
+  return text;
+}
+
+/// The text of one scrape, family by family, in the order of docs/metrics.md.
+class Text {
  public:
-  void add(std::string_view name, std::string_view help, MetricType type) {
-    families_.push_back({.name = std::string(name), .help = std::string(help), .type = type, .metric = {}});
+  void family(std::string_view name, std::string_view help, std::string_view type) {
+    name_ = name;
+    fmt::format_to(std::back_inserter(text_), "# HELP {} {}\n# TYPE {} {}\n", name, help, name, type);
   }
-  /// A sample of the family that was added last.
-  void sample(Labels labels, double value) {
-    ClientMetric& metric = families_.back().metric.emplace_back();
-    metric.label = std::move(labels);
-    if (families_.back().type == MetricType::Counter)
-      metric.counter.value = value;
+  /// A sample of the family that came last. `labels`: of labels(), or empty.
+  template <class T>
+  void sample(std::string_view labels, T value) {
+    text_.append(name_).append(labels) += ' ';
+    if constexpr (std::floating_point<T>)
+      fmt::format_to(std::back_inserter(text_), "{}", value);
+    else if constexpr (std::same_as<T, bool>)
+      text_ += value ? '1' : '0';
     else
-      metric.gauge.value = value;
+      text_ += fmt::format_int(value).str();
+    text_ += '\n';
   }
-  void one(std::string_view name, std::string_view help, MetricType type, double value) {
-    add(name, help, type);
+  template <class T>
+  void one(std::string_view name, std::string_view help, std::string_view type, T value) {
+    family(name, help, type);
     sample({}, value);
   }
-
-  /// A sample for each service of which `value` knows something.
-  void of_services(const Status& status, std::string_view name, std::string_view help, MetricType type,
-                   std::optional<double> (*value)(const ServiceStatus&)) {
-    add(name, help, type);
-    for (const ServiceStatus& service : status.services)
-      if (const auto known = value(service)) sample({{"service", service.name}}, *known);
-    drop_if_empty();
-  }
-  void of_backends(const Status& status, std::string_view name, std::string_view help, MetricType type,
-                   double (*value)(const BackendStatus&)) {
-    add(name, help, type);
-    for (const ServiceStatus& service : status.services)
-      for (const BackendStatus& backend : service.backends)
-        sample({{"service", service.name}, {"backend", cli::address_and_port(backend.address, backend.port)}},
-               value(backend));
-    drop_if_empty();
-  }
-
-  std::vector<MetricFamily> take() { return std::move(families_); }
+  void make_room(std::size_t bytes) { text_.reserve(text_.size() + bytes); }
+  std::string take() { return std::move(text_); }
 
  private:
-  void drop_if_empty() {
-    if (families_.back().metric.empty()) families_.pop_back();
-  }
-
-  std::vector<MetricFamily> families_;
+  std::string text_;
+  std::string_view name_;
 };
 
 double seconds(std::chrono::system_clock::time_point time) {
   return std::chrono::duration<double>(time.time_since_epoch()).count();
 }
 
-template <auto member>
-std::optional<double> of_proxy(const ServiceStatus& service) {
-  if (!service.proxied) return {};
-  return static_cast<double>((*service.proxied).*member);
-}
+constexpr std::string_view counter = "counter";
+constexpr std::string_view gauge = "gauge";
 
-std::vector<MetricFamily> to_metrics(const Status& status) {
-  constexpr auto counter = MetricType::Counter;
-  constexpr auto gauge = MetricType::Gauge;
-  Families families;
-
-  families.add("clusterip_build_info", "The version that runs.", gauge);
-  families.sample({{"version", status.version}}, 1);
-  families.one("clusterip_start_time_seconds", "When the process began, since the epoch.", gauge,
-               seconds(status.since));
-  families.one("clusterip_fast_path", "1: the kernel rewrites connects; 0: the userspace engine carries everything.",
-               gauge, status.has_fast_path ? 1 : 0);
+void add_service_itself(Text& text, const Status& status) {
+  text.family("clusterip_build_info", "The version that runs.", gauge);
+  text.sample(labels({{"version", status.version}}), 1);
+  text.one("clusterip_start_time_seconds", "When the process began, since the epoch.", gauge, seconds(status.since));
+  text.one("clusterip_fast_path", "1: the kernel rewrites connects; 0: the userspace engine carries everything.", gauge,
+           status.has_fast_path);
   if (status.canary)
-    families.one("clusterip_canary_success", "1: the last canary connect was rewritten, and the other refused.", gauge,
-                 status.canary->passed ? 1 : 0);
-  families.add("clusterip_reloads_total", "Times that the configuration was read again.", counter);
-  families.sample({{"result", "success"}}, static_cast<double>(status.reloads.succeeded));
-  families.sample({{"result", "failure"}}, static_cast<double>(status.reloads.failed));
-  families.one("clusterip_last_reload_successful", "0: what serves is older than what was read last.", gauge,
-               status.reloads.is_last_good ? 1 : 0);
-  families.one("clusterip_config_time_seconds", "When the configuration that serves was read, since the epoch.", gauge,
-               seconds(status.reloads.last_good));
-  families.one("clusterip_health_checked_backends", "Backends under active health checks.", gauge,
-               static_cast<double>(status.checked_backends));
-  families.add("clusterip_health_transitions_total", "Times that a health check changed the state of a backend.",
-               counter);
-  families.sample({{"to", "up"}}, static_cast<double>(status.went_up));
-  families.sample({{"to", "down"}}, static_cast<double>(status.went_down));
-  families.one("clusterip_lost_events_total", "Decisions that a tracer was too slow for.", counter,
-               static_cast<double>(status.lost_events));
-  families.one("clusterip_proxied_connections", "Connections and UDP flows that the userspace engine carries now.",
-               gauge, static_cast<double>(status.connections));
-  families.one("clusterip_proxied_connections_limit", "As many as its file descriptors allow.", gauge,
-               static_cast<double>(status.connection_limit));
-
-  families.add("clusterip_service_info", "A service and the engine that carries it.", gauge);
-  for (const ServiceStatus& service : status.services) {
-    families.sample({{"service", service.name},
-                     {"vip", service.vip},
-                     {"port", std::to_string(service.port)},
-                     {"protocol", std::string(config::name_of(config::protocol_names, service.protocol))},
-                     {"policy", service.policy},
-                     {"engine", std::string(config::name_of(config::engine_names, service.engine))}},
-                    1);
-  }
-  families.of_services(
-      status, "clusterip_service_connects_total", "Connects and UDP flows that were given a backend.", counter,
-      [](const ServiceStatus& service) { return std::optional(static_cast<double>(service.connects)); });
-  families.of_services(
-      status, "clusterip_service_refused_total", "Connects that no backend could take.", counter,
-      [](const ServiceStatus& service) { return std::optional(static_cast<double>(service.refused)); });
-  families.of_services(status, "clusterip_service_live_connections", "Connections that are there now.", gauge,
-                       [](const ServiceStatus& service) { return std::optional(static_cast<double>(service.live)); });
-  families.of_services(status, "clusterip_service_serving", "Whether the userspace engine could bind its VIP.", gauge,
-                       of_proxy<&ProxiedStatus::is_serving>);
-  families.of_services(status, "clusterip_service_denied_total", "Connections from addresses that are not served.",
-                       counter, of_proxy<&ProxiedStatus::denied>);
-  families.of_services(status, "clusterip_service_dropped_total", "Datagrams for which there was no room.", counter,
-                       of_proxy<&ProxiedStatus::dropped>);
-  families.of_services(status, "clusterip_service_received_bytes_total", "Bytes from clients, by the userspace engine.",
-                       counter, of_proxy<&ProxiedStatus::received>);
-  families.of_services(status, "clusterip_service_sent_bytes_total", "Bytes to clients, by the userspace engine.",
-                       counter, of_proxy<&ProxiedStatus::sent>);
-
-  families.of_backends(status, "clusterip_backend_active", "1: new connections may go to it.", gauge,
-                       [](const BackendStatus& backend) { return backend.state == "active" ? 1.0 : 0.0; });
-  families.of_backends(status, "clusterip_backend_down", "1: health checks have found it down.", gauge,
-                       [](const BackendStatus& backend) { return backend.state == "down" ? 1.0 : 0.0; });
-  families.of_backends(status, "clusterip_backend_ejected", "1: it is skipped after failed connects.", gauge,
-                       [](const BackendStatus& backend) { return backend.state == "ejected" ? 1.0 : 0.0; });
-  families.of_backends(status, "clusterip_backend_draining", "1: it gets no new connections, by the configuration.",
-                       gauge, [](const BackendStatus& backend) { return backend.state == "drain" ? 1.0 : 0.0; });
-  families.of_backends(status, "clusterip_backend_weight", "Its weight.", gauge,
-                       [](const BackendStatus& backend) { return static_cast<double>(backend.weight); });
-  families.of_backends(status, "clusterip_backend_connects_total", "Connects and UDP flows that it was given.", counter,
-                       [](const BackendStatus& backend) { return static_cast<double>(backend.connects); });
-  families.of_backends(status, "clusterip_backend_failures_total", "Connects to it that failed.", counter,
-                       [](const BackendStatus& backend) { return static_cast<double>(backend.failures); });
-  families.of_backends(status, "clusterip_backend_live_connections", "Connections to it that are there now.", gauge,
-                       [](const BackendStatus& backend) { return static_cast<double>(backend.live); });
-  return families.take();
+    text.one("clusterip_canary_success", "1: the last canary connect was rewritten, and the other refused.", gauge,
+             status.canary->passed);
+  text.family("clusterip_reloads_total", "Times that the configuration was read again.", counter);
+  text.sample(labels({{"result", "success"}}), status.reloads.succeeded);
+  text.sample(labels({{"result", "failure"}}), status.reloads.failed);
+  text.one("clusterip_last_reload_successful", "0: what serves is older than what was read last.", gauge,
+           status.reloads.is_last_good);
+  text.one("clusterip_config_time_seconds", "When the configuration that serves was read, since the epoch.", gauge,
+           seconds(status.reloads.last_good));
+  text.one("clusterip_health_checked_backends", "Backends under active health checks.", gauge, status.checked_backends);
+  text.family("clusterip_health_transitions_total", "Times that a health check changed the state of a backend.",
+              counter);
+  text.sample(labels({{"to", "up"}}), status.went_up);
+  text.sample(labels({{"to", "down"}}), status.went_down);
+  text.one("clusterip_lost_events_total", "Decisions that a tracer was too slow for.", counter, status.lost_events);
+  text.one("clusterip_proxied_connections", "Connections and UDP flows that the userspace engine carries now.", gauge,
+           status.connections);
+  text.one("clusterip_proxied_connections_limit", "As many as its file descriptors allow.", gauge,
+           status.connection_limit);
 }
 
-/// The library only says that it failed: why, the kernel tells here.
-config::Result<userspace::SocketAddress> try_to_bind(const std::string& listen) {
-  const auto endpoint = config::parse_endpoint(listen);
-  if (!endpoint) return config::fail(-EINVAL, "metrics.listen: expected " + endpoint.error());
-  const userspace::SocketAddress address(endpoint->address, endpoint->port);
-  const config::Fd socket(::socket(address.family(), SOCK_STREAM | SOCK_CLOEXEC, 0));
-  if (!socket) return config::fail_errno(errno, "socket");
-  const int on = 1;
-  ::setsockopt(socket.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-  if (::bind(socket.get(), address.get(), address.length) != 0 || ::listen(socket.get(), 1) != 0)
-    return config::fail_errno(errno, "binding " + listen);
-  return address;
+void add_services(Text& text, const Status& status) {
+  text.family("clusterip_service_info", "A service and the engine that carries it.", gauge);
+  for (const ServiceStatus& service : status.services) {
+    text.sample(labels({{"service", service.name},
+                        {"vip", service.vip},
+                        {"port", fmt::to_string(service.port)},
+                        {"protocol", config::name_of(config::protocol_names, service.protocol)},
+                        {"policy", service.policy},
+                        {"engine", config::name_of(config::engine_names, service.engine)}}),
+                1);
+  }
+
+  std::vector<std::string> names;
+  bool is_any_proxied = false;
+  for (const ServiceStatus& service : status.services) {
+    names.push_back(labels({{"service", service.name}}));
+    is_any_proxied |= service.proxied.has_value();
+  }
+  const auto add = [&](std::string_view name, std::string_view help, std::string_view type, auto member) {
+    text.family(name, help, type);
+    for (std::size_t i = 0; i < names.size(); ++i) text.sample(names[i], status.services[i].*member);
+  };
+  const auto add_proxied = [&](std::string_view name, std::string_view help, std::string_view type, auto member) {
+    if (!is_any_proxied) return;
+    text.family(name, help, type);
+    for (std::size_t i = 0; i < names.size(); ++i)
+      if (const auto& proxied = status.services[i].proxied) text.sample(names[i], (*proxied).*member);
+  };
+  add("clusterip_service_connects_total", "Connects and UDP flows that were given a backend.", counter,
+      &ServiceStatus::connects);
+  add("clusterip_service_refused_total", "Connects that no backend could take.", counter, &ServiceStatus::refused);
+  add("clusterip_service_live_connections", "Connections that are there now.", gauge, &ServiceStatus::live);
+  add_proxied("clusterip_service_serving", "Whether the userspace engine could bind its VIP.", gauge,
+              &ProxiedStatus::is_serving);
+  add_proxied("clusterip_service_denied_total", "Connections from addresses that are not served.", counter,
+              &ProxiedStatus::denied);
+  add_proxied("clusterip_service_dropped_total", "Datagrams for which there was no room.", counter,
+              &ProxiedStatus::dropped);
+  add_proxied("clusterip_service_received_bytes_total", "Bytes from clients, by the userspace engine.", counter,
+              &ProxiedStatus::received);
+  add_proxied("clusterip_service_sent_bytes_total", "Bytes to clients, by the userspace engine.", counter,
+              &ProxiedStatus::sent);
+}
+
+void add_backends(Text& text, const Status& status) {
+  std::vector<std::pair<std::string, const BackendStatus*>> backends;
+  for (const ServiceStatus& service : status.services)
+    for (const BackendStatus& backend : service.backends)
+      backends.emplace_back(
+          labels({{"service", service.name}, {"backend", cli::address_and_port(backend.address, backend.port)}}),
+          &backend);
+  if (backends.empty()) return;
+  text.make_room(backends.size() * 8 * 100);  // eight families, with lines of less than 100 bytes
+  const auto add = [&](std::string_view name, std::string_view help, std::string_view type, auto member) {
+    text.family(name, help, type);
+    for (const auto& [labels, backend] : backends) text.sample(labels, backend->*member);
+  };
+  const auto add_state = [&](std::string_view name, std::string_view help, std::string_view state) {
+    text.family(name, help, gauge);
+    for (const auto& [labels, backend] : backends) text.sample(labels, backend->state == state);
+  };
+  add_state("clusterip_backend_active", "1: new connections may go to it.", "active");
+  add_state("clusterip_backend_down", "1: health checks have found it down.", "down");
+  add_state("clusterip_backend_ejected", "1: it is skipped after failed connects.", "ejected");
+  add_state("clusterip_backend_draining", "1: it gets no new connections, by the configuration.", "drain");
+  add("clusterip_backend_weight", "Its weight.", gauge, &BackendStatus::weight);
+  add("clusterip_backend_connects_total", "Connects and UDP flows that it was given.", counter,
+      &BackendStatus::connects);
+  add("clusterip_backend_failures_total", "Connects to it that failed.", counter, &BackendStatus::failures);
+  add("clusterip_backend_live_connections", "Connections to it that are there now.", gauge, &BackendStatus::live);
 }
 
 }  // namespace
 
-/// Called by the threads of the library, asks the service's thread.
-class Metrics::Collector : public prometheus::Collectable {
- public:
-  Collector(boost::asio::io_context& io, std::function<Status()> status) : io_(io), status_(std::move(status)) {}
-
-  std::vector<MetricFamily> Collect() const override {
-    auto answer = std::make_shared<std::promise<Status>>();
-    auto future = answer->get_future();
-    boost::asio::post(io_, [weak = std::weak_ptr(answer), status = status_] {
-      if (const auto asked = weak.lock()) asked->set_value(status());  // unless the scrape was given up
-    });
-    // In steps: when the service ends, nobody answers any more.
-    for (auto waited = std::chrono::milliseconds(0); waited < patience && !is_over_;
-         waited += std::chrono::milliseconds(20)) {
-      if (future.wait_for(std::chrono::milliseconds(20)) == std::future_status::ready) return to_metrics(future.get());
-    }
-    return {};
-  }
-
-  void end() { is_over_ = true; }
-
- private:
-  boost::asio::io_context& io_;
-  const std::function<Status()> status_;
-  std::atomic<bool> is_over_ = false;
-};
-
-config::Result<std::unique_ptr<Metrics>> Metrics::serve(boost::asio::io_context& io, const std::string& listen,
-                                                        std::function<Status()> status) {
-  const auto address = try_to_bind(listen);
-  if (!address) return std::unexpected(address.error());
-  try {
-    return std::unique_ptr<Metrics>(new Metrics(std::make_shared<Collector>(io, std::move(status)), listen, *address));
-  } catch (const std::exception& error) {
-    return config::fail(-EADDRINUSE, "binding " + listen + ": " + error.what());
-  }
+std::string to_metrics(const Status& status) {
+  Text text;
+  add_service_itself(text, status);
+  add_services(text, status);
+  add_backends(text, status);
+  return text.take();
 }
 
-Metrics::Metrics(std::shared_ptr<Collector> collector, const std::string& listen,
-                 const userspace::SocketAddress& address)
-    : address_(address), collector_(std::move(collector)) {
-  exposer_.emplace(std::vector<std::string>{"listening_ports", listen, "num_threads", std::string(threads),
-                                            "request_timeout_ms", std::string(request_time)});
-  exposer_->RegisterCollectable(collector_);
+config::Result<std::unique_ptr<Metrics>> Metrics::serve(boost::asio::io_context& control, const std::string& listen,
+                                                        std::function<Status()> status) {
+  const auto endpoint = config::parse_endpoint(listen);
+  if (!endpoint) return config::fail(-EINVAL, "metrics.listen: expected " + endpoint.error());
+  const userspace::SocketAddress address(endpoint->address, endpoint->port);
+  config::Fd socket(::socket(address.family(), SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (!socket) return config::fail_errno(errno, "socket");
+  const int on = 1;
+  ::setsockopt(socket.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+  if (::bind(socket.get(), address.get(), address.length) != 0 || ::listen(socket.get(), max_sessions) != 0)
+    return config::fail_errno(errno, "binding " + listen);
+  using boost::asio::ip::tcp;
+  return std::unique_ptr<Metrics>(
+      new Metrics(control, std::move(socket), address.family() == AF_INET6 ? tcp::v6() : tcp::v4(), std::move(status)));
+}
+
+Metrics::Metrics(boost::asio::io_context& control, config::Fd listening, boost::asio::ip::tcp protocol,
+                 std::function<Status()> status)
+    : control_(control), status_(std::move(status)), acceptor_(io_, protocol, listening.release()) {
+  co_spawn(io_, accept(), boost::asio::detached);
+  thread_ = std::jthread([this] { io_.run(); });
 }
 
 Metrics::~Metrics() {
-  collector_->end();
-  // The library's thread that accepts looks for its end every 2 s, and after each connection.
-  const std::jthread waker([this](const std::stop_token& is_over) {
-    while (!is_over.stop_requested()) {
-      const config::Fd socket(::socket(address_.family(), SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
-      ::connect(socket.get(), address_.get(), address_.length);
-      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  io_.stop();
+  thread_.join();
+}
+
+awaitable<void> Metrics::accept() {
+  boost::asio::steady_timer pause(io_);
+  for (;;) {
+    auto [error, client] = co_await acceptor_.async_accept(use_tuple);
+    if (error) {
+      pause.expires_after(pause_time);
+      co_await pause.async_wait(use_tuple);
+    } else if (sessions_.use_count() <= max_sessions) {
+      co_spawn(io_, answer(boost::beast::tcp_stream(std::move(client)), sessions_), boost::asio::detached);
     }
+  }
+}
+
+awaitable<void> Metrics::answer(boost::beast::tcp_stream client, std::shared_ptr<void> /*one_more*/) {
+  boost::beast::flat_buffer buffer;
+  http::request_parser<http::empty_body> parser;
+  parser.header_limit(max_request);
+  client.expires_after(request_time);
+  const auto [error, length] = co_await http::async_read(client, buffer, parser, use_tuple);
+  const auto& request = parser.get();
+
+  http::response<http::string_body> response;
+  response.keep_alive(false);  // one scrape a connection: nobody holds one of the few between two of them
+  response.set(http::field::content_type, "text/plain; version=0.0.4; charset=utf-8");
+  if (error) {
+    const boost::system::error_code nothing_more = http::error::end_of_stream;
+    if (error == nothing_more || error.category() != nothing_more.category()) co_return;  // gone, or too slow
+    response.result(http::status::bad_request);
+    response.body() = error.message() + "\n";
+  } else if (request.method() != http::verb::get) {
+    response.result(http::status::method_not_allowed);
+    response.set(http::field::allow, "GET");
+  } else if (request.target() != "/metrics" && !request.target().starts_with("/metrics?")) {
+    response.result(http::status::not_found);
+    response.body() = "the metrics are at /metrics\n";
+  } else if (const auto status = co_await ask()) {
+    response.body() = to_metrics(*status);
+  } else {
+    response.result(http::status::service_unavailable);
+    response.body() = fmt::format("the service did not answer within {} s\n", patience.count());
+  }
+  response.prepare_payload();
+  client.expires_after(answer_time);
+  co_await http::async_write(client, response, use_tuple);
+  boost::system::error_code ignored;
+  client.socket().shutdown(boost::asio::ip::tcp::socket::shutdown_send, ignored);
+}
+
+/// In the service's thread. Nothing when it is busy for too long.
+awaitable<std::optional<Status>> Metrics::ask() {
+  // Shared with what runs in the other thread: the scrape may be over before.
+  struct Answer {
+    explicit Answer(boost::asio::io_context& io) : come(io, patience) {}
+    std::optional<Status> status;
+    boost::asio::steady_timer come;  // cancelled when it has come
+  };
+  const auto answer = std::make_shared<Answer>(io_);
+  post(control_, [this, weak = std::weak_ptr(answer), alive = std::weak_ptr(alive_)] {
+    if (alive.expired() || weak.expired()) return;
+    post(io_, [weak, status = status_()]() mutable {
+      const auto wanted = weak.lock();
+      if (!wanted) return;
+      wanted->status = std::move(status);
+      wanted->come.cancel();
+    });
   });
-  exposer_.reset();
+  co_await answer->come.async_wait(use_tuple);
+  co_return std::move(answer->status);
 }
 
 }  // namespace run

@@ -126,9 +126,9 @@ class Program {
       userspace::adopt_control(socket->get());
     }
     if (!fast_) remove_stale_fast_path();
-    if (socket) serve_control(std::move(*socket));
-    if (engine.watch) watch();
     if (metrics.listen) serve_metrics(*metrics.listen);
+    if (engine.watch) watch();
+    if (socket) serve_control(std::move(*socket));  // the last: whoever finds it finds all
     wait_for_signal();
     prove();
     notify_.emplace(control_);

@@ -18,8 +18,10 @@ class RunMetrics : public Running {
   std::string text(const std::vector<Service>& services) const {
     return fmt::format("[metrics]\nlisten = \"127.0.0.1:{}\"\n{}", port, proxy_toml(services));
   }
+  static std::string url() { return fmt::format("http://127.0.0.1:{}/metrics", port); }
   std::string scrape() const {
-    const Finished got = run({"curl", "-sS", "--max-time", "20", fmt::format("http://127.0.0.1:{}/metrics", port)});
+    // "serving" is in the log a moment before there are metrics.
+    const Finished got = run({"curl", "-sS", "--max-time", "20", "--retry", "5", "--retry-connrefused", url()});
     EXPECT_EQ(got.exit_code, 0) << got.err;
     return got.out;
   }
@@ -67,6 +69,38 @@ TEST_F(RunMetrics, PleasePromtoolAndAreAllDocumented) {
     EXPECT_THAT(documentation, HasSubstr("`" + (*found)[1].str() + "`"));
   }
   EXPECT_GT(families, 25u);
+}
+
+TEST_F(RunMetrics, OtherRequestsAreToldWhatThereIs) {
+  RunningService service(files(text({web({backend(one_)})})));
+  scrape();
+  const auto ask_http = [](const std::vector<std::string>& options, const std::string& path) {
+    std::vector<std::string> command = {"curl", "-sS", "--max-time", "20", "-w", "%{http_code}"};
+    command.insert(command.end(), options.begin(), options.end());
+    command.push_back(fmt::format("http://127.0.0.1:{}{}", port, path));
+    return run(command).out;
+  };
+  EXPECT_EQ(ask_http({}, "/"), "the metrics are at /metrics\n404");
+  EXPECT_EQ(ask_http({"-X", "POST"}, "/metrics"), "405");
+  EXPECT_EQ(ask_http({"-X", "GET ME"}, "/metrics"), "bad version\n400");
+  EXPECT_EQ(ask_http({"-H", "Long: " + std::string(9000, 'x')}, "/metrics"), "header limit exceeded\n400");
+  EXPECT_THAT(ask_http({"-o", "/dev/null"}, "/metrics?name=clusterip_build_info"), "200");
+}
+
+TEST_F(RunMetrics, ClientsThatAskNothingHoldNobodyUpForLong) {
+  RunningService service(files(text({web({backend(one_)})})));
+  scrape();
+  std::vector<Fd> silent;
+  for (int i = 0; i < 50; ++i) silent.push_back(dial("127.0.0.1", port));
+  EXPECT_TRUE(eventually([&] { return run({"curl", "-s", "-o", "/dev/null", url()}).exit_code == 0; }));
+  EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
+}
+
+TEST_F(RunMetrics, AClientThatAsksNothingDoesNotKeepTheServiceFromEnding) {
+  RunningService service(files(text({web({backend(one_)})})));
+  scrape();
+  const Fd silent = dial("127.0.0.1", port);
+  EXPECT_EQ(service.terminate().exit_code, 0);
 }
 
 TEST_F(RunMetrics, PortInUseIsToldAndTheServicesAreServed) {
