@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <system_error>
@@ -95,6 +96,7 @@ Canary run_canary(const Plugin& plugin, clusterip* handle) {
   auto result = sized<clusterip_canary_result>();
   const int status = plugin.canary(handle, &result, &error);
   return {.passed = status == 0,
+          .is_detached = status == -ENOTCONN,
           .rewrite = errno_name(result.rewrite_errno),
           .refuse = errno_name(result.refuse_errno),
           .message = status == 0 ? "" : static_cast<const char*>(error.message)};

@@ -51,9 +51,10 @@ std::string count_services(const std::vector<SeenService>& services);
 /// What the canary saw.
 struct Canary {
   bool passed = false;
-  std::string rewrite;  // errno name of the connect() that must be rewritten; empty: rewritten
-  std::string refuse;   // errno name that the refused connect() got; empty: not refused
-  std::string message;  // why it did not pass
+  bool is_detached = false;  // nothing, or not all, is attached
+  std::string rewrite;       // errno name of the connect() that must be rewritten; empty: rewritten
+  std::string refuse;        // errno name that the refused connect() got; empty: not refused
+  std::string message;       // why it did not pass
 };
 
 Canary run_canary(const Plugin& plugin, clusterip* handle);

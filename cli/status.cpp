@@ -41,12 +41,12 @@ std::expected<std::optional<object>, Failure> ask_service(const std::string& con
   return std::move(*status);
 }
 
-std::expected<object, Failure> look_at_pins(const Plugin& plugin, const std::string& pin) {
-  const auto handle = open_pinned(plugin, pin);
+std::expected<object, Failure> look_at_pins(const Plugin& plugin, const Given& given) {
+  const auto handle = open_pins(plugin, given);
   if (!handle) return std::unexpected(handle.error());
   run::Status status;
   status.has_fast_path = true;
-  status.pin = pin;
+  status.pin = pin_of(given);
   status.canary = run_canary(plugin, handle->get());
   const auto services = see_services(plugin, handle->get());
   if (!services) return std::unexpected(services.error());
@@ -63,9 +63,7 @@ Outcome run(const Plugin& plugin, const Given& given) {
     status = std::move(*answer);
   }
   if (!status) {
-    if (!plugin.library) return std::unexpected(Failure{.message = given.plugin_problem});
-    auto found =
-        look_at_pins(plugin, given.options.contains("pin") ? given.options["pin"].as<std::string>() : default_pin());
+    auto found = look_at_pins(plugin, given);
     if (!found) return std::unexpected(found.error());
     status = std::move(*found);
   }
@@ -84,6 +82,21 @@ Outcome run(const Plugin& plugin, const Given& given) {
 }
 
 }  // namespace
+
+std::string pin_of(const Given& given) {
+  return given.options.contains("pin") ? given.options["pin"].as<std::string>() : default_pin();
+}
+
+std::expected<Handle, Failure> open_pins(const Plugin& plugin, const Given& given) {
+  if (!plugin.library) return std::unexpected(Failure{.message = given.plugin_problem});
+  const std::string pin = pin_of(given);
+  const auto something = anything_pinned(pin);
+  if (!given.options.contains("pin") && something && !*something) {
+    return std::unexpected(
+        Failure{.message = fmt::format("{}, and nothing is loaded at {}", nobody_listens(given).message, pin)});
+  }
+  return open_pinned(plugin, pin);
+}
 
 const Verb status_verb{.name = "status",
                        .usage = "[--control PATH | --pin DIR] [--json]",

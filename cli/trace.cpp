@@ -12,7 +12,6 @@
 #include <utility>
 
 #include "cli/endpoint.h"
-#include "cli/pinned.h"
 #include "cli/verbs.h"
 #include "config/config.h"
 #include "fallback_proxy/control_client.h"
@@ -31,10 +30,10 @@ constexpr std::uint32_t enabled_seconds = 10;
 void describe(po::options_description_easy_init add) {
   add("service", po::value<std::string>()->value_name("NAME"), "only decisions about this service");
   add("backend", po::value<std::string>()->value_name("ADDRESS:PORT"), "only those that chose this backend");
-  add("pid", po::value<std::uint64_t>()->value_name("PID"), "only those of this process");
+  add("pid", po::value<std::int64_t>()->value_name("PID"), "only those of this process");
   add("verdict", po::value<std::string>()->value_name("VERDICT"),
       "only rewritten, no_backend, no_service, pass, contended or ejected");
-  add("count", po::value<std::uint64_t>()->value_name("N"), "end after so many");
+  add("count", po::value<std::int64_t>()->value_name("N"), "end after so many");
   add("control", po::value<std::string>()->default_value(config::Engine().control)->value_name("PATH"),
       "the control socket of the running service");
   add("pin", po::value<std::string>()->value_name("DIR"),
@@ -42,49 +41,72 @@ void describe(po::options_description_easy_init add) {
   add("json", po::bool_switch(), "print a JSON object a line");
 }
 
-/// What is wanted of the decisions, and how it is shown.
+/// Which decisions are wanted, and how many.
+struct Wanted {
+  std::optional<std::string> service, backend, verdict;
+  std::optional<std::int64_t> pid, count;
+};
+
+template <class T>
+std::optional<T> given_as(const po::variables_map& options, const char* name) {
+  return options.contains(name) ? std::optional(options[name].as<T>()) : std::nullopt;
+}
+
+/// What could never match is a mistake.
+std::expected<Wanted, Failure> parse_wanted(const po::variables_map& options) {
+  static constexpr std::string_view verdicts[] = {"rewritten", "no_backend", "no_service",
+                                                  "pass",      "contended",  "ejected"};
+  const auto mistake = [](std::string_view option, std::string_view expected, auto got) {
+    return std::unexpected(Failure{
+        .exit = Exit::usage, .message = fmt::format("trace: --{}: expected {}, got '{}'", option, expected, got)});
+  };
+  Wanted wanted{.service = given_as<std::string>(options, "service"),
+                .backend = given_as<std::string>(options, "backend"),
+                .verdict = given_as<std::string>(options, "verdict"),
+                .pid = given_as<std::int64_t>(options, "pid"),
+                .count = given_as<std::int64_t>(options, "count")};
+  if (wanted.verdict && std::ranges::find(verdicts, *wanted.verdict) == std::end(verdicts))
+    return mistake("verdict", "rewritten, no_backend, no_service, pass, contended or ejected", *wanted.verdict);
+  if (wanted.backend) {
+    const auto endpoint = parse_endpoint(*wanted.backend);
+    if (!endpoint || wanted.backend->contains('/')) return mistake("backend", "ADDRESS:PORT", *wanted.backend);
+    wanted.backend = address_and_port(endpoint->address, endpoint->port);  // as decisions have it
+  }
+  if (wanted.pid && *wanted.pid < 1) return mistake("pid", "a number from 1", *wanted.pid);
+  if (wanted.count && *wanted.count < 1) return mistake("count", "a number from 1", *wanted.count);
+  return wanted;
+}
+
 class Printer {
  public:
-  explicit Printer(const po::variables_map& options)
-      : is_json_(options["json"].as<bool>()),
-        service_(text(options, "service")),
-        backend_(text(options, "backend")),
-        verdict_(text(options, "verdict")) {
-    if (options.contains("pid")) pid_ = options["pid"].as<std::uint64_t>();
-    if (options.contains("count")) left_ = options["count"].as<std::uint64_t>();
-  }
+  Printer(Wanted wanted, bool is_json) : wanted_(std::move(wanted)), is_json_(is_json) {}
 
   /// False when it was the last one, or nobody reads the output any more.
   bool print(const object& decision) {
-    if (left_ == 0) return false;
+    if (wanted_.count == 0) return false;
     const bool is_loss = decision.contains("lost");
     if (!is_loss && !is_wanted(decision)) return true;
     const std::string line = is_json_ ? serialize(decision) : run::to_line(decision);
     std::FILE* const stream = is_loss && !is_json_ ? stderr : stdout;
     fmt::print(stream, "{}\n", line);
     if (std::fflush(stream) != 0) return false;
-    return is_loss || !left_ || --*left_ > 0;
+    return is_loss || !wanted_.count || --*wanted_.count > 0;
   }
 
  private:
-  static std::optional<std::string> text(const po::variables_map& options, const char* name) {
-    if (!options.contains(name)) return {};
-    return options[name].as<std::string>();
-  }
   static bool is(const object& decision, const char* key, const std::optional<std::string>& wanted) {
     if (!wanted) return true;
     const auto* found = decision.if_contains(key);
     return found != nullptr && found->is_string() && found->as_string() == *wanted;
   }
   bool is_wanted(const object& decision) const {
-    return is(decision, "service", service_) && is(decision, "backend", backend_) &&
-           is(decision, "verdict", verdict_) && (!pid_ || decision.at("pid").to_number<std::uint64_t>() == *pid_);
+    return is(decision, "service", wanted_.service) && is(decision, "backend", wanted_.backend) &&
+           is(decision, "verdict", wanted_.verdict) &&
+           (!wanted_.pid || decision.at("pid").to_number<std::int64_t>() == *wanted_.pid);
   }
 
+  Wanted wanted_;
   const bool is_json_;
-  const std::optional<std::string> service_, backend_, verdict_;
-  std::optional<std::uint64_t> pid_;
-  std::optional<std::uint64_t> left_;
 };
 
 Outcome trace_service(userspace::ControlClient& client, Printer& printer) {
@@ -101,8 +123,8 @@ Outcome trace_service(userspace::ControlClient& client, Printer& printer) {
   }
 }
 
-Outcome trace_pinned(const Plugin& plugin, const std::string& pin, Printer& printer) {
-  const auto handle = open_pinned(plugin, pin);
+Outcome trace_pinned(const Plugin& plugin, const Given& given, Printer& printer) {
+  const auto handle = open_pins(plugin, given);
   if (!handle) return std::unexpected(handle.error());
   struct Reader {
     Printer& printer;
@@ -131,18 +153,9 @@ Outcome trace_pinned(const Plugin& plugin, const std::string& pin, Printer& prin
 }
 
 Outcome run(const Plugin& plugin, const Given& given) {
-  static constexpr std::string_view verdicts[] = {"rewritten", "no_backend", "no_service",
-                                                  "pass",      "contended",  "ejected"};
-  if (given.options.contains("verdict") &&
-      std::ranges::find(verdicts, given.options["verdict"].as<std::string>()) == std::end(verdicts)) {
-    return std::unexpected(Failure{
-        .exit = Exit::usage,
-        .message =
-            fmt::format("trace: --verdict: expected rewritten, no_backend, no_service, pass, contended or ejected, "
-                        "got '{}'",
-                        given.options["verdict"].as<std::string>())});
-  }
-  Printer printer(given.options);
+  auto wanted = parse_wanted(given.options);
+  if (!wanted) return std::unexpected(wanted.error());
+  Printer printer(std::move(*wanted), given.options["json"].as<bool>());
   if (!given.options.contains("pin")) {
     auto client = userspace::ControlClient::connect(given.options["control"].as<std::string>());
     if (!client)
@@ -150,9 +163,7 @@ Outcome run(const Plugin& plugin, const Given& given) {
     if (*client) return trace_service(**client, printer);
     if (!given.options["control"].defaulted()) return std::unexpected(nobody_listens(given));
   }
-  if (!plugin.library) return std::unexpected(Failure{.message = given.plugin_problem});
-  const std::string pin = given.options.contains("pin") ? given.options["pin"].as<std::string>() : default_pin();
-  return trace_pinned(plugin, pin, printer);
+  return trace_pinned(plugin, given, printer);
 }
 
 }  // namespace

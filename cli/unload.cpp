@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #include <fmt/format.h>
 
+#include <filesystem>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -39,8 +41,14 @@ Outcome unload(const Plugin& plugin, const std::string& pin) {
   const auto services = see_services(plugin, handle->get());
   auto error = sized<clusterip_error>();
   if (plugin.detach(handle->get(), &error) < 0) return std::unexpected(failure_of(error));
-  fmt::print("unloaded {}; detached and removed {}\n", services ? count_services(*services) : "the fast path",
-             config::printable(pin));
+  const std::string what = services ? count_services(*services) : "the fast path";
+  std::error_code unknown;
+  if (std::filesystem::exists(pin, unknown)) {
+    fmt::print("unloaded {}; detached; {} stays, with what somebody else has put there\n", what,
+               config::printable(pin));
+  } else {
+    fmt::print("unloaded {}; detached and removed {}\n", what, config::printable(pin));
+  }
   return Exit::fine;
 }
 

@@ -810,6 +810,11 @@ Result<std::vector<ServiceStatus>> BpfEngine::status() {
 }
 
 Result<CanaryResult> BpfEngine::canary() {
+  if (pins_ && pins_->is_locked()) {
+    if (const auto owned = pins_->check_owned(); !owned) {
+      return std::unexpected(owned.error());
+    }
+  }
   std::string path;
   std::uint64_t id = 0;
   Hooks needed;
@@ -831,6 +836,12 @@ Result<CanaryResult> BpfEngine::canary() {
   }
   if (cgroup->id != id) {
     return fail(-ENOTCONN, "the cgroup " + path + " is not the one that was attached to: that one is gone");
+  }
+  // Whichever of two was attached first decides, and the canary would not know whom it has met.
+  if (const auto other = pins_ ? pins_->neighbour_of(id) : std::nullopt; other) {
+    return fail(-EEXIST, "another fast path is attached to " + path +
+                             " as well, and decides what it knows: remove it " + "(`clusterip unload --pin " + *other +
+                             "`)");
   }
   auto seen = run_canary(*cgroup);
   // It sees sock4_connect at work; of the others, whether they are attached. Their links are gone with their pins.

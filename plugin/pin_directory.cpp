@@ -245,7 +245,7 @@ Result<void> PinDirectory::check_owned() const {
   struct stat named{};
   if (fstat(lock_.get(), &locked) != 0 || lstat(path_.c_str(), &named) != 0 || locked.st_ino != named.st_ino ||
       locked.st_dev != named.st_dev) {
-    return fail(-ESTALE, path_ + " was removed, and perhaps made again, by somebody else: close this handle");
+    return fail(-ESTALE, path_ + " was removed, and perhaps made again, by somebody else: restart this process");
   }
   return {};
 }
@@ -307,7 +307,12 @@ Result<HookAttachment> PinDirectory::attachment_of(Hook hook) const {
     return std::unexpected(id.error());
   }
   if (Fd link(bpf_obj_get(link_path(path_, hook).c_str())); link) {
-    return HookAttachment::from_link(hook, std::move(link));
+    auto attachment = HookAttachment::from_link(hook, std::move(link));
+    const auto cgroup = attachment.cgroup_id();
+    if (!cgroup || *cgroup == 0) {  // somebody has detached it, or its cgroup is gone
+      return cgroup ? fail(-ENOENT, pinned + " is not attached") : std::unexpected(cgroup.error());
+    }
+    return attachment;
   }
   // Without bpf_link, or the link's pin was removed, and with it the link.
   auto cgroup = recorded_cgroup(path_);
@@ -341,6 +346,23 @@ Result<Attachment> PinDirectory::attachment() const {
     attachment.add(info.hook, std::move(*attached));
   }
   return attachment;
+}
+
+std::optional<std::string> PinDirectory::neighbour_of(std::uint64_t cgroup_id) const {
+  std::error_code unreadable;
+  for (const auto& entry :
+       std::filesystem::directory_iterator(std::filesystem::path(path_).parent_path(), unreadable)) {
+    PinDirectory other;
+    other.path_ = entry.path().string();
+    if (other.path_ == path_ || !other.has_state()) {
+      continue;
+    }
+    const auto meta = read_meta(other.path_);
+    if (meta && meta->cgroup_id == cgroup_id && other.attachment()) {
+      return other.path_;
+    }
+  }
+  return {};
 }
 
 Result<void> PinDirectory::stage(const Maps& maps, const PerHook<Fd>& programs) {

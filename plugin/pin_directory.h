@@ -13,6 +13,8 @@
 // sock4_connect is the one attached.
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <string>
 
 #include "plugin/attachment.h"
@@ -50,6 +52,9 @@ class PinDirectory {
 
   /// How the pinned programs are attached; -ENOENT when sock4_connect is not.
   Result<Attachment> attachment() const;
+
+  /// Another directory beside this one whose fast path is attached to the same cgroup.
+  std::optional<std::string> neighbour_of(std::uint64_t cgroup_id) const;
 
   /// Pins these in next/.
   Result<void> stage(const Maps& maps, const PerHook<Fd>& programs);

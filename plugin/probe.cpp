@@ -37,6 +37,14 @@ constexpr bpf_insn move(std::uint8_t reg, std::int32_t value) {
 constexpr bpf_insn call(std::int32_t helper) {
   return {.code = BPF_JMP | BPF_CALL, .dst_reg = 0, .src_reg = 0, .off = 0, .imm = helper};
 }
+/// To the stack, 8 bytes below its end. `size`: BPF_DW, BPF_W.
+constexpr bpf_insn store(std::uint8_t size, std::uint8_t reg) {
+  return {.code = static_cast<std::uint8_t>(BPF_STX | BPF_MEM | size),
+          .dst_reg = BPF_REG_10,
+          .src_reg = static_cast<std::uint8_t>(reg & 0xf),
+          .off = -8,
+          .imm = 0};
+}
 constexpr bpf_insn exit_program() {
   return {.code = BPF_JMP | BPF_EXIT, .dst_reg = 0, .src_reg = 0, .off = 0, .imm = 0};
 }
@@ -147,6 +155,16 @@ Result<Capabilities> try_all() {
     can.reason = connect4 == ENOSYS ? "this kernel has no bpf() (CONFIG_BPF_SYSCALL)"
                                     : "this kernel has no cgroup/connect4 programs (Linux 4.17, CONFIG_CGROUP_BPF)";
     return can;
+  }
+
+  // Before Linux 6.8 the verifier takes a number that the compiler has put on the stack for a pointer, and lets only
+  // those who may see pointers overwrite a part of it (ab125ed3ec1c, "bpf: fix check for attempt to corrupt spilled
+  // pointer").
+  static constexpr bpf_insn overwrite[] = {move(BPF_REG_1, 1), store(BPF_DW, BPF_REG_1), store(BPF_W, BPF_REG_1),
+                                           move(BPF_REG_0, 1), exit_program()};
+  if (try_program(Hook::connect4, overwrite) == EACCES) {
+    return fail(-EPERM,
+                "this kernel's verifier asks for CAP_PERFMON beside CAP_BPF and CAP_NET_ADMIN (before Linux 6.8)");
   }
 
   const int map_memory = try_mappable_array();

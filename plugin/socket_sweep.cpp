@@ -36,37 +36,45 @@ struct Destroy {
 };
 using Skeleton = std::unique_ptr<socket_sweep_bpf, Destroy>;
 
-/// CAP_PERFMON, or before Linux 5.8 CAP_SYS_ADMIN, among the effective capabilities.
-bool may_trace() {
+bool has_capability(unsigned capability) {
   __user_cap_header_struct header{.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
   __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3]{};
-  if (syscall(SYS_capget, &header, data) != 0) {
-    return false;
-  }
-  const auto has = [&data](unsigned capability) {
-    return (data[CAP_TO_INDEX(capability)].effective & CAP_TO_MASK(capability)) != 0;
-  };
-  return has(CAP_PERFMON) || has(CAP_SYS_ADMIN);
+  return syscall(SYS_capget, &header, data) == 0 &&
+         (data[CAP_TO_INDEX(capability)].effective & CAP_TO_MASK(capability)) != 0;
 }
 
-/// One file for each network namespace that a process is in.
-std::map<ino_t, Fd> all_namespaces() {
-  std::map<ino_t, Fd> namespaces;
+/// CAP_PERFMON, or before Linux 5.8 CAP_SYS_ADMIN.
+bool may_trace() { return has_capability(CAP_PERFMON) || has_capability(CAP_SYS_ADMIN); }
+
+/// Network namespaces, as far as this process may look.
+struct Namespaces {
+  ino_t own = 0;
+  std::map<ino_t, Fd> others;  // that some process is in
+  bool is_all = true;
+};
+
+Namespaces all_namespaces() {
+  Namespaces found;
+  struct stat status{};
+  if (stat("/proc/self/ns/net", &status) == 0) {
+    found.own = status.st_ino;
+  }
   std::error_code ignored;
   for (const auto& process : std::filesystem::directory_iterator("/proc", ignored)) {
     if (process.path().filename().string().find_first_not_of("0123456789") != std::string::npos) {
       continue;
     }
     const std::string path = process.path().string() + "/ns/net";
-    struct stat status{};
-    if (stat(path.c_str(), &status) != 0 || namespaces.contains(status.st_ino)) {
-      continue;
-    }
-    if (Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC)); fd) {
-      namespaces.emplace(status.st_ino, std::move(fd));
+    if (stat(path.c_str(), &status) != 0) {
+      const bool is_hidden = errno == EACCES && !has_capability(CAP_SYS_PTRACE);  // else it has just ended
+      found.is_all = found.is_all && !is_hidden;
+    } else if (status.st_ino != found.own && !found.others.contains(status.st_ino)) {
+      if (Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC)); fd) {
+        found.others.emplace(status.st_ino, std::move(fd));
+      }
     }
   }
-  return namespaces;
+  return found;
 }
 
 struct Excursion {
@@ -120,13 +128,14 @@ Result<void> run(const Fd& iterator) {
   }
 }
 
-Result<void> sweep_all(const bpf_program* program, const std::map<ino_t, Fd>& namespaces) {
+Result<void> sweep_all(const bpf_program* program, const Namespaces& namespaces) {
   const Fd link(bpf_link_create(bpf_program__fd(program), 0, BPF_TRACE_ITER, nullptr));
   if (!link) {
     return fail_errno(errno, "making an iterator over sockets");
   }
-  Result<void> result;
-  for (const auto& [inode, network_namespace] : namespaces) {
+  const Fd here(bpf_iter_create(link.get()));
+  auto result = here ? run(here) : fail_errno(errno, "making an iterator over sockets");
+  for (const auto& [inode, network_namespace] : namespaces.others) {
     const auto iterator = create_iterator_in(network_namespace, link);
     auto ran = iterator ? run(*iterator) : std::unexpected(iterator.error());
     if (!ran && result) {
@@ -162,6 +171,9 @@ Result<void> try_to_end(const Maps& maps, const Sweep& sweep) {
     if (result) {
       result = std::move(swept);
     }
+  }
+  if (result && !namespaces.is_all) {
+    return fail(-EACCES, "looking into the network namespaces of all processes takes CAP_SYS_PTRACE and CAP_SYS_ADMIN");
   }
   return result;
 }

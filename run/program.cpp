@@ -142,7 +142,11 @@ class Program {
   void leave() {
     if (!fast_) return;
     if (config_.engine.on_exit == config::OnExit::keep) {
-      spdlog::info("the fast path stays at {}", pin_);
+      const auto kept = cli::anything_pinned(pin_);
+      if (kept && !*kept)
+        spdlog::error("the fast path ends with this process: {} was removed", pin_);
+      else
+        spdlog::info("the fast path stays at {}", pin_);
       return;
     }
     if (const auto detached = fast_->detach(); !detached)
@@ -304,6 +308,7 @@ class Program {
   /// The fast path keeps what it was told of a VIP's backends; the checks know it by the service's name, and a change
   /// may have failed. config_ has what the fast path has, until here.
   void reconcile_states() {
+    unset_.clear();
     for (config::Service& service : config_.services) {
       if (!service.health) continue;
       for (config::Backend& backend : service.backends) {
@@ -402,9 +407,23 @@ class Program {
     const auto found = carriers_.find(service);
     if (!fast_ || (found != carriers_.end() && found->second.engine == EngineMode::userspace))
       return proxy_.set_backend_state(service, address, port, state);
-    if (const auto set = fast_->set_backend_state(service, address, port, state); !set)
-      spdlog::error("service {}: backend {} stays as it is until the next reload: {}", config::printable(service),
-                    config::to_text(address, port), set.error().message);
+    if (const auto set = fast_->set_backend_state(service, address, port, state); !set) {
+      const bool is_news = unset_.emplace(service, address, port).second;
+      if (is_news)
+        spdlog::error("service {}: backend {} is not told {}, and will be tried again: {}", config::printable(service),
+                      config::to_text(address, port), state == config::BackendState::down ? "down" : "up",
+                      set.error().message);
+    } else {
+      unset_.erase({service, address, port});
+    }
+  }
+
+  /// What the fast path could not be told when it was new.
+  void set_again() {
+    const auto unset = unset_;
+    for (const auto& [service, address, port] : unset)
+      set_state(service, address, port,
+                checker_.is_down(service, address, port) ? config::BackendState::down : config::BackendState::active);
   }
 
   void forget_reasons() {
@@ -420,6 +439,7 @@ class Program {
   void prove() {
     if (!fast_) return;
     look_at_canary();
+    set_again();
     canary_timer_.expires_after(canary_pause);
     canary_timer_.async_wait([this](const boost::system::error_code& error) {
       if (!error) prove();
@@ -429,7 +449,7 @@ class Program {
   /// Mends what it can; says so, and what it cannot, once.
   void look_at_canary() {
     canary_ = fast_->canary();
-    if (!canary_->passed && fast_->attach()) {
+    if (canary_->is_detached && fast_->attach()) {
       // The cgroup was removed and made again, or somebody has detached what is ours.
       canary_ = fast_->canary();
       if (canary_->passed) spdlog::warn("the fast path was not attached any more: attached again");
@@ -510,7 +530,7 @@ class Program {
       if (backend.state != "down") continue;
       const auto found =
           down_reasons_.find({service.name, boost::asio::ip::make_address(backend.address), backend.port});
-      if (found != down_reasons_.end()) backend.reason = found->second;
+      backend.reason = found != down_reasons_.end() ? found->second : "found down before this process began";
     }
   }
 
@@ -705,6 +725,7 @@ class Program {
   bool has_told_of_canary_ = false;  // that it fails
   userspace::Clock::time_point canary_time_;
   std::map<std::tuple<std::string, config::Address, std::uint16_t>, std::string> down_reasons_;
+  std::set<std::tuple<std::string, config::Address, std::uint16_t>> unset_;  // the fast path could not be told
   std::uint64_t went_up_ = 0;
   std::uint64_t went_down_ = 0;
   std::map<std::string, std::uint64_t> last_look_;

@@ -9,8 +9,8 @@
 
 #include "cli/table.h"
 #include "cli/text.h"
-#include "config/values.h"
 #include "fallback_proxy/control_client.h"
+#include "run/status_fields.h"
 
 namespace run {
 namespace {
@@ -20,15 +20,7 @@ using boost::json::value;
 using cli::Cell;
 using cli::Colour;
 
-// Another version may have answered: what is missing throws.
-
-std::string text(const object& of, std::string_view key) { return value_to<std::string>(of.at(key)); }
-
-Cell number(const object& of, std::string_view key) { return {fmt::to_string(of.at(key).to_number<std::uint64_t>())}; }
-
-std::string endpoint(const object& of, std::string_view address) {
-  return config::to_text(boost::asio::ip::make_address(text(of, address)), of.at("port").to_number<std::uint16_t>());
-}
+Cell count(const object& of, std::string_view key) { return {fmt::to_string(number(of, key))}; }
 
 Cell state(const object& backend) {
   const value* ejected = backend.if_contains("ejected_ms");
@@ -65,34 +57,33 @@ std::string to_text(const object& status) {
     std::uint64_t live = 0;
     for (const value& each : service.at("backends").as_array()) {
       const object& backend = each.as_object();
-      live += backend.at("live").to_number<std::uint64_t>();
+      live += number(backend, "live");
       backends.add({{text(service, "name")},
                     {endpoint(backend, "address")},
-                    number(backend, "weight"),
+                    count(backend, "weight"),
                     state(backend),
-                    number(backend, "live"),
-                    number(backend, "connects"),
-                    number(backend, "failures")});
+                    count(backend, "live"),
+                    count(backend, "connects"),
+                    count(backend, "failures")});
     }
     services.add({{text(service, "name")},
                   {fmt::format("{}/{}", endpoint(service, "vip"), text(service, "protocol"))},
                   {text(service, "policy")},
                   is_serving ? Cell{"yes"} : Cell{"no", Colour::red},
                   {fmt::to_string(live)},
-                  number(service, "refused"),
-                  number(service, "denied"),
-                  number(service, "dropped"),
-                  number(service, "received"),
-                  number(service, "sent"),
+                  count(service, "refused"),
+                  count(service, "denied"),
+                  count(service, "dropped"),
+                  count(service, "received"),
+                  count(service, "sent"),
                   {text(service, "reason")}});
   }
   const bool colour = cli::wants_colour(stdout);
   return fmt::format("fallback_proxy {}, pid {}, since {}: {}, {} of at most {} connections, {}\n\n{}\n{}",
-                     text(status, "version"), number(status, "pid").text, text(status, "since"),
-                     cli::count(list.size(), "service"), number(status, "connections").text,
-                     number(status, "connection_limit").text,
-                     cli::count(status.at("threads").to_number<std::uint64_t>(), "thread"), services.render(colour),
-                     backends.render(colour));
+                     text(status, "version"), number(status, "pid"), text(status, "since"),
+                     cli::count(list.size(), "service"), number(status, "connections"),
+                     number(status, "connection_limit"), cli::count(number(status, "threads"), "thread"),
+                     services.render(colour), backends.render(colour));
 }
 
 }  // namespace

@@ -10,11 +10,11 @@
 #include <limits>
 #include <utility>
 
-#include "cli/endpoint.h"
 #include "cli/table.h"
 #include "cli/text.h"
 #include "config/names.h"
 #include "config/printable.h"
+#include "run/status_fields.h"
 
 namespace run {
 namespace {
@@ -49,19 +49,9 @@ object to_json(const BackendStatus& backend) {
           {"reversed", or_null(backend.reversed)}};
 }
 
-// What another version has answered may lack something: then these throw.
-
-std::string text(const object& of, std::string_view key) { return value_to<std::string>(of.at(key)); }
-
-std::uint64_t number(const object& of, std::string_view key) { return of.at(key).to_number<std::uint64_t>(); }
-
 Cell count_cell(const object& of, std::string_view key) {
   const value& count = of.at(key);
   return {count.is_null() ? "-" : fmt::to_string(count.to_number<std::uint64_t>())};
-}
-
-std::string endpoint(const object& of, std::string_view address) {
-  return cli::address_and_port(text(of, address), of.at("port").to_number<std::uint16_t>());
 }
 
 Cell rate_cell(const object& service) {

@@ -22,10 +22,11 @@
  * - Result: 0, or a negative errno. If an error struct is given, it is filled on failure and left alone on success.
  *   The codes that a host should tell apart:
  *     -EOPNOTSUPP  this kernel cannot do it: fall back to the userspace engine
- *     -EPERM       privileges are missing (CAP_BPF and CAP_NET_ADMIN, or root; a memory-lock limit before Linux 5.11)
+ *     -EPERM       privileges are missing (CAP_BPF and CAP_NET_ADMIN, before Linux 6.8 CAP_PERFMON as well; or root; a
+ *                  memory-lock limit before Linux 5.11)
  *     -EBADMSG     the configuration has mistakes; line and column say where the first one is
  *     -EBUSY       another process owns the pinned state at this pin path
- *     -ESTALE      the pins were removed behind this handle's back: close it
+ *     -ESTALE      the pins were removed behind this handle's back: close it, and what it has attached ends
  *     -EPROTO      pinned state that is damaged, of another version, or not ours
  *     -ENOTRECOVERABLE  a bug of this library, with what it knows of it
  *     -EINVAL      a misuse of this interface
@@ -326,7 +327,8 @@ int clusterip_visit_services(clusterip *handle, clusterip_service_visitor visit,
 /*
  * Prove that the hook is at work: a short-lived child in the cgroup connects UDP sockets (no traffic) to a reserved VIP.
  * 0 when the connect() was rewritten and the one to an unserved port refused; ret (may be NULL) has what was seen.
- * Errors: -ENOTCONN not attached, or not rewritten; -EPROTO not refused.
+ * Errors: -ENOTCONN not attached, or not rewritten; -EPROTO not refused; -ESTALE the pins were removed: what serves ends
+ * with this handle; -EEXIST a fast path with other pins is attached to the same cgroup and may decide first.
  */
 int clusterip_canary(clusterip *handle, clusterip_canary_result *ret, clusterip_error *reterr);
 

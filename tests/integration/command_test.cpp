@@ -312,6 +312,18 @@ TEST_F(Command, StatusFailsWhenSomebodyDetachedTheProgram) {
   EXPECT_TRUE(exits(fine, unload()));
 }
 
+TEST_F(Command, UnloadTellsThatTheDirectoryStaysWithWhatIsNotOurs) {
+  ASSERT_TRUE(exits(fine, load(toml({}))));
+  std::filesystem::create_directory(pin() + "/foreign");
+  const Finished unloaded = unload();
+  EXPECT_TRUE(exits(fine, unloaded));
+  EXPECT_NE(unloaded.out.find("detached; " + pin() + " stays, with what somebody else has put there"),
+            std::string::npos)
+      << unloaded.out;
+  std::filesystem::remove(pin() + "/foreign");
+  std::filesystem::remove(pin());
+}
+
 TEST_F(Command, BpftoolListsTheNamesThatOperatorsKnow) {
   const NamedServer one("one");
   ASSERT_TRUE(exits(fine, load(toml({{"web", "10.96.0.1", 80, {backend(one)}}}))));

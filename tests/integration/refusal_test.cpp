@@ -90,6 +90,24 @@ TEST_F(Refusal, WithoutPerfmonTheStatusSaysThatSocketsStayWithABackendThatLeft) 
             "");
 }
 
+TEST_F(Refusal, WithPerfmonAloneSocketsOfTheOwnNamespaceAreEnded) {
+  if (!can(CLUSTERIP_CAN_DESTROY)) SKIP_OR_FAIL("this kernel cannot end sockets");
+
+  const NamedUdpServer one("one"), two("two");
+  EXPECT_EQ(in_child([&] {
+              drop_capabilities_except({CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON});
+              Handle handle = serve(toml({{"udp", "10.96.0.2", 53, {backend(one)}, "refuse", "protocol = \"udp\""}}));
+              const Fd fd = udp_socket();
+              require(connect_errno(fd.get(), "10.96.0.2", 53) == 0, "not served");
+              require_ok(handle.set_backends("udp", {backend(two)}));
+              require(receive(fd.get()) == "ECONNABORTED", "the socket goes on");
+              const auto seen = handle.visit();
+              require(seen[0].reason.contains("CAP_SYS_PTRACE and CAP_SYS_ADMIN"),
+                      "others are not told: " + seen[0].reason);
+            }),
+            "");
+}
+
 TEST_F(Refusal, DirectoryThatOthersCanWriteToIsNoPinPath) {
   const NamedServer server("server");
   const struct {

@@ -2,11 +2,13 @@
 //
 // What the plugin tells: canary, resolve and visit.
 #include <arpa/inet.h>
+#include <bpf/bpf.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
+#include <filesystem>
 #include <map>
 #include <memory>
 
@@ -92,6 +94,51 @@ TEST_F(Report, CanarySeesWhichProgramIsNotAttached) {
     EXPECT_EQ(outcome.message, std::string(program) + " is not attached: load again");
   }
   EXPECT_TRUE(ok(Handle(plugin(), pinned()).detach()));
+}
+
+std::uint32_t link_id(const std::string& pinned) {
+  const Fd link(::bpf_obj_get(pinned.c_str()));
+  bpf_link_info info{};
+  std::uint32_t length = sizeof info;
+  EXPECT_EQ(::bpf_obj_get_info_by_fd(link.get(), &info, &length), 0) << pinned;
+  return info.id;
+}
+
+TEST_F(Report, CanarySeesALinkThatSomebodyDetachedAndALoadMendsIt) {
+  const NamedServer server("server");
+  const std::string text = toml({{"web", "10.96.0.1", 80, {backend(server)}}});
+  Handle handle = serve(text, pinned());
+  for (const char* program : {"sock6_connect", "sock4_sendmsg", "sock4_getpeer", "sock_release", "sock_ops"}) {
+    detach_link(link_id(pin() + "/" + program + "_link"));
+    const Outcome outcome = handle.canary();
+    EXPECT_TRUE(fails_with(-ENOTCONN, outcome));
+    EXPECT_EQ(outcome.message, std::string(program) + " is not attached: load again");
+    ASSERT_TRUE(ok(handle.load(text)));
+    EXPECT_TRUE(ok(handle.canary()));
+  }
+  EXPECT_TRUE(ok(handle.detach()));
+}
+
+TEST_F(Report, CanarySeesThatItsPinsAreGone) {
+  const NamedServer server("server");
+  Handle handle = serve(toml({{"web", "10.96.0.1", 80, {backend(server)}}}), pinned());
+  std::filesystem::remove_all(pin());
+  EXPECT_TRUE(fails_with(-ESTALE, handle.canary()));
+  EXPECT_EQ(ask("10.96.0.1", 80), answered_by("server")) << "it serves as long as the handle is open";
+}
+
+TEST_F(Report, CanarySeesAnotherFastPathOfItsCgroup) {
+  const NamedServer one("one"), two("two");
+  Handle first = serve(toml({{"web", "10.96.0.1", 80, {backend(one)}}}), pinned());
+  const Paths beside{cgroup().path(), pin() + "2", 0};
+  Handle second = serve(toml({{"web", "10.96.0.1", 80, {backend(two)}}}), beside);
+  const Outcome outcome = second.canary();
+  EXPECT_TRUE(fails_with(-EEXIST, outcome));
+  EXPECT_NE(outcome.message.find("`clusterip unload --pin " + pin() + "`"), std::string::npos) << outcome.message;
+  EXPECT_TRUE(fails_with(-EEXIST, first.canary()));
+  EXPECT_TRUE(ok(first.detach()));
+  EXPECT_TRUE(ok(second.canary()));
+  EXPECT_TRUE(ok(second.detach()));
 }
 
 TEST_F(Report, CanarySeesThatItsCgroupIsGone) {

@@ -129,8 +129,8 @@ TEST_F(Policy, MaglevMovesFewWhenABackendLeaves) {
     (before[client] == Many::address(3) ? had_to_move : moved) += now != before[client];
   }
   EXPECT_GT(had_to_move, 50U);  // of about 100
-  // Of about 900. The table moves up to 5 % of them without need (unit tests): 45, with a standard deviation of 7, since the
-  // backends' ports, and with them the table, differ from run to run.
+  // Of about 900. The table moves up to 5 % of them without need (unit tests): 45, with a standard deviation of 7,
+  // since the backends' ports, and with them the table, differ from run to run.
   EXPECT_LT(moved, 80U);
 }
 

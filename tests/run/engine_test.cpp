@@ -129,6 +129,19 @@ TEST_F(RunEngine, FastPathStaysAfterTheEndUnlessItIsToBeDetached) {
   EXPECT_TRUE(!std::filesystem::exists(pin()) || std::filesystem::is_empty(pin()));
 }
 
+TEST_F(RunEngine, PinsThatAreRemovedAreTold) {
+  RunningService service(files(toml({web({backend(one_)})})));
+  std::filesystem::remove_all(pin());
+  EXPECT_TRUE(
+      eventually([&] { return clusterip({"status", "--control", service.files()->control()}).exit_code == failed; }));
+  EXPECT_THAT(service.wait_for_log("the canary failed: "), HasSubstr(pin() + " was removed"));
+  EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
+  service.signal(SIGTERM);
+  service.wait_for_log("the fast path ends with this process: " + pin() + " was removed");
+  service.wait();
+  EXPECT_NE(ask(fast_vip, vip_port).error, 0);
+}
+
 TEST_F(RunEngine, NoConnectFailsWhileTheServiceIsReplaced) {
   const auto made = files(toml({web({backend(one_)})}));
   auto service = std::make_unique<RunningService>(made);

@@ -85,9 +85,25 @@ TEST_F(RunTrace, WithoutAFastPathTellsSo) {
   EXPECT_THAT(traced.err, HasSubstr("no fast path"));
 }
 
-TEST_F(RunTrace, WrongVerdictIsAMisuse) {
-  const Finished traced = clusterip({"trace", "--verdict", "lost"});
-  EXPECT_EQ(traced.exit_code, usage);
+TEST_F(RunTrace, FilterThatCannotMatchIsAMisuse) {
+  const std::vector<std::pair<const char*, const char*>> filters = {
+      {"--verdict", "lost"}, {"--backend", "127.0.0.1"},
+      {"--backend", "web"},  {"--backend", "127.0.0.1:80/udp"},
+      {"--pid", "0"},        {"--pid", "-1"},
+      {"--pid", "iperf3"},   {"--count", "0"},
+      {"--count", "-3"},     {"--count", "many"}};
+  for (const auto& [option, value] : filters) {
+    const Finished traced = clusterip({"trace", fmt::format("{}={}", option, value)});
+    EXPECT_EQ(traced.exit_code, usage) << option << value;
+    EXPECT_THAT(traced.err, HasSubstr(option + 2)) << value;
+  }
+}
+
+TEST_F(RunTrace, BackendOfTheFilterMayBeWrittenInAnyWay) {
+  RunningService(files(toml({{"six", "2001:db8::1", vip_port, {{"::1", 9}}}}))).terminate();
+  EXPECT_THAT(
+      trace_of({"--pin", pin(), "--count", "1", "--backend", "[0:0::1]:9"}, [] { ask("2001:db8::1", vip_port); }),
+      HasSubstr("-> [::1]:9"));
 }
 
 }  // namespace
