@@ -3,6 +3,7 @@
 #include <poll.h>
 
 #include <algorithm>
+#include <boost/asio/ip/address_v4.hpp>
 #include <boost/json.hpp>
 #include <cerrno>
 #include <cstdio>
@@ -11,6 +12,7 @@
 #include <string_view>
 #include <utility>
 
+#include "bpf/map_layout.h"
 #include "cli/endpoint.h"
 #include "cli/verbs.h"
 #include "config/config.h"
@@ -99,7 +101,14 @@ class Printer {
     const auto* found = decision.if_contains(key);
     return found != nullptr && found->is_string() && found->as_string() == *wanted;
   }
+  /// Nobody's but the canary's, which connects at each look at the status.
+  static bool is_of_canary(const object& decision) {
+    const auto* vip = decision.if_contains("vip");
+    static const std::string canary = boost::asio::ip::make_address_v4(CANARY_VIP).to_string() + ":";
+    return vip != nullptr && vip->is_string() && vip->as_string().starts_with(canary);
+  }
   bool is_wanted(const object& decision) const {
+    if (!wanted_.service && is_of_canary(decision)) return false;
     return is(decision, "service", wanted_.service) && is(decision, "backend", wanted_.backend) &&
            is(decision, "verdict", wanted_.verdict) &&
            (!wanted_.pid || decision.at("pid").to_number<std::int64_t>() == *wanted_.pid);

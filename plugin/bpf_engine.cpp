@@ -490,7 +490,9 @@ std::string BpfEngine::reason_left_out(const config::Service& service) const {
     loaded.engine = config::EngineMode::automatic;  // what is published does not tell what the file said
   }
   const std::string reason = can_.reason_against(loaded);
-  return reason.empty() ? "the process that loaded it found something missing that it needs" : reason;
+  return reason.empty()
+             ? "left to the userspace engine by the process that loaded it; the pins do not tell whether one runs"
+             : reason;
 }
 
 void BpfEngine::note_limits() const {

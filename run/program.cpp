@@ -111,29 +111,16 @@ class Program {
     }
     auto socket = predecessor ? inherit(*predecessor) : userspace::listen_control(control_path_);
     if (!socket && socket.error().code == -EADDRINUSE)
-      socket.error().message += can_replace() ? "; to replace it, start with --take-over"
-                                              : "; stop it, or let this one have a --control of its own";
+      socket.error().message += can_replace()
+                                    ? "; to replace it, start with --take-over"
+                                    : "; stop it, or give this one a control, a pin and VIPs of its own ([engine])";
     if (!socket && (predecessor || socket.error().code == -EADDRINUSE))
       return std::unexpected(to_failure(socket.error()));
-    if (!socket) spdlog::warn("no status and no upgrade: {}", socket.error().message);
-
-    if (auto opened = open_fast_path(); !opened) return opened;
-    const config::Engine engine = source.config.engine;
-    const config::Metrics metrics = source.config.metrics;
-    if (auto carried = carry_first(std::move(source)); !carried) return carried;
-    if (predecessor) {
-      if (auto replaced = replace(*predecessor); !replaced) return std::unexpected(to_failure(replaced.error()));
-      userspace::adopt_control(socket->get());
-    }
-    if (!fast_) remove_stale_fast_path();
-    if (metrics.listen) serve_metrics(*metrics.listen);
-    if (engine.watch) watch();
-    if (socket) serve_control(std::move(*socket));  // the last: whoever finds it finds all
-    wait_for_signal();
-    prove();
-    notify_.emplace(control_);
-    Notify::ready(summary());
-    return {};
+    if (!socket) spdlog::warn("no status and no {}: {}", can_replace() ? "upgrade" : "trace", socket.error().message);
+    const bool is_new = socket && !predecessor;
+    auto started = serve(std::move(source), std::move(socket), std::move(predecessor));
+    if (!started && is_new) ::unlink(control_path_.c_str());
+    return started;
   }
 
   void run() { control_.run(); }
@@ -156,6 +143,29 @@ class Program {
   }
 
  private:
+  /// `socket`: of the control socket, listening.
+  std::expected<void, Failure> serve(Source source, config::Result<config::Fd> socket,
+                                     std::optional<userspace::ControlClient> predecessor) {
+    if (auto opened = open_fast_path(); !opened) return opened;
+    const config::Engine engine = source.config.engine;
+    const config::Metrics metrics = source.config.metrics;
+    started_.engine = engine;
+    if (auto carried = carry_first(std::move(source)); !carried) return carried;
+    if (predecessor) {
+      if (auto replaced = replace(*predecessor); !replaced) return std::unexpected(to_failure(replaced.error()));
+      userspace::adopt_control(socket->get());
+    }
+    if (!fast_) remove_stale_fast_path();
+    if (metrics.listen) serve_metrics(*metrics.listen);
+    if (engine.watch) watch();
+    if (socket) serve_control(std::move(*socket));  // the last: whoever finds it finds all
+    wait_for_signal();
+    prove();
+    notify_.emplace(control_);
+    Notify::ready(summary());
+    return {};
+  }
+
   // Engines
 
   /// fallback_proxy: no fast path, and no reason for that but what it is.
@@ -569,6 +579,7 @@ class Program {
   }
 
   void serve_metrics(const std::string& listen) {
+    started_.metrics.listen = listen;
     auto served = Metrics::serve(control_, listen, [this] { return status(false); });
     if (served)
       metrics_ = std::move(*served);
@@ -680,7 +691,6 @@ class Program {
       return false;
     }
     const std::string change = describe_change(config_, source->config);
-    const std::string late = late_keys(config_, source->config);
     const std::string text = source->text;
     if (auto carried = carry(std::move(*source)); !carried) {
       refused_text_ = text;
@@ -690,8 +700,9 @@ class Program {
     refused_text_.clear();
     spdlog::info("reloaded: {}", change.empty() ? "no service has changed" : change);
     prove();
-    if (!late.empty()) spdlog::warn("{}: takes effect at the next start", late);
     if (!metrics_ && config_.metrics.listen) serve_metrics(*config_.metrics.listen);
+    const std::string late = late_keys(started_, config_);
+    if (!late.empty()) spdlog::warn("{}: takes effect at the next start", late);
     return true;
   }
 
@@ -724,6 +735,7 @@ class Program {
   std::optional<cli::Canary> canary_;
   bool has_told_of_canary_ = false;  // that it fails
   userspace::Clock::time_point canary_time_;
+  config::Config started_;  // what is in effect until the end: its [engine] and [metrics]
   std::map<std::tuple<std::string, config::Address, std::uint16_t>, std::string> down_reasons_;
   std::set<std::tuple<std::string, config::Address, std::uint16_t>> unset_;  // the fast path could not be told
   std::uint64_t went_up_ = 0;

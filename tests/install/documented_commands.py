@@ -348,6 +348,7 @@ PROSE = {
     "sudo build/ci/tests/torture/torture --publications 1000000":
         Elsewhere("a million takes minutes; ctest runs it with fewer", "tests/torture/CMakeLists.txt", "--publications"),
     "sudo clusterip status": Run("loaded", holds=("^SERVICE",)),
+    "sudo clusterip unload": Run("loaded", holds=("^unloaded",)),
     "sudo clusterip unload --pin DIR": Run("loaded", instead=f"sudo clusterip unload --pin {PIN}", holds=("^unloaded",)),
     "sudo fallback_proxy --cleanup":
         Run("proxy killed", instead="sudo fallback_proxy --cleanup" + ROUTES, holds=NO_ROUTES),

@@ -175,6 +175,7 @@ TEST_F(RunEngine, SecondServiceIsRefusedInOneLine) {
   const Finished third = clusterip({"run", "--config", made->config(), "--control", made->control() + "2"});
   EXPECT_EQ(third.exit_code, failed);
   EXPECT_THAT(third.err, HasSubstr("another process"));
+  EXPECT_FALSE(std::filesystem::exists(made->control() + "2")) << "a socket that nobody listens at";
   EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
 }
 

@@ -100,6 +100,17 @@ TEST_F(RunReload, WhatTakesEffectAtTheNextStartIsTold) {
   service.signal(SIGHUP);
   EXPECT_THAT(service.wait_for_log("takes effect"), HasSubstr("engine.control: takes effect at the next start"));
   EXPECT_EQ(ask(fast_vip, vip_port), answered_by("two"));
+  const auto reload = [&](int so_many) {
+    service.signal(SIGHUP);
+    EXPECT_TRUE(eventually([&] { return status(*made).at("reloads").to_number<int>() == so_many; }));
+  };
+  reload(2);  // still not in effect
+  made->write(toml({web({backend(one_)})}));
+  reload(3);  // what is in effect
+  const std::string log = service.terminate().err;
+  std::size_t told = 0;
+  for (auto at = log.find("takes effect"); at != std::string::npos; at = log.find("takes effect", at + 1)) ++told;
+  EXPECT_EQ(told, 2u) << log;
 }
 
 class RunWatch : public RunReload {

@@ -99,6 +99,18 @@ TEST_F(RunTrace, FilterThatCannotMatchIsAMisuse) {
   }
 }
 
+TEST_F(RunTrace, CanaryIsShownOnlyWhenAskedFor) {
+  RunningService service(files(toml({web({backend(one_)})})));
+  const std::string control = service.files()->control();
+  const auto look = [&] {
+    ask(fast_vip, vip_port);
+    service.signal(SIGHUP);  // the canary runs at each reload
+  };
+  EXPECT_THAT(trace_of({"--control", control, "--count", "8"}, look), testing::Not(HasSubstr("192.0.0.8")));
+  EXPECT_THAT(trace_of({"--control", control, "--count", "1", "--service", "(canary)"}, look),
+              HasSubstr("service (canary) 192.0.0.8:1/udp -> 127.0.0.1:1"));
+}
+
 TEST_F(RunTrace, BackendOfTheFilterMayBeWrittenInAnyWay) {
   RunningService(files(toml({{"six", "2001:db8::1", vip_port, {{"::1", 9}}}}))).terminate();
   EXPECT_THAT(
