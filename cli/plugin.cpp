@@ -62,6 +62,7 @@ std::expected<Plugin, Failure> load_plugin(const std::string& path) {
       find(library, "clusterip_visit_services", plugin.visit_services) &&
       find(library, "clusterip_canary", plugin.canary) &&
       find(library, "clusterip_set_backend_state", plugin.set_backend_state) &&
+      find(library, "clusterip_refuse_left_out", plugin.refuse_left_out) &&
       find(library, "clusterip_event_fd", plugin.event_fd) &&
       find(library, "clusterip_read_events", plugin.read_events) && find(library, "clusterip_close", plugin.close);
   if (!complete) {

@@ -27,6 +27,7 @@ struct Plugin {
   decltype(&clusterip_load_text) load_text = nullptr;
   decltype(&clusterip_check_text) check_text = nullptr;
   decltype(&clusterip_set_backend_state) set_backend_state = nullptr;
+  decltype(&clusterip_refuse_left_out) refuse_left_out = nullptr;
   decltype(&clusterip_attach) attach = nullptr;
   decltype(&clusterip_detach) detach = nullptr;
   decltype(&clusterip_resolve) resolve = nullptr;

@@ -58,11 +58,17 @@ void remove_routes() {
   if (vips && vips->warning().empty()) (void)vips->reconcile({});
 }
 
+/// What a userspace engine that was killed has served is nobody's now: a connect to it would leave the host.
+void refuse_left_out(const Plugin& plugin, const std::string& pin) {
+  if (const auto handle = open_pinned(plugin, pin); handle) plugin.refuse_left_out(handle->get(), nullptr);
+}
+
 /// Never a failure for want of a good file: then the fast path stays.
 Outcome act_on_exit(const Plugin& plugin, const std::string& file) {
-  remove_routes();
   const auto text = config::read_file(file);
   const auto config = text ? config::read_config(*text) : std::unexpected(std::vector<config::Mistake>());
+  if (config && config->engine.on_exit == config::OnExit::keep) refuse_left_out(plugin, config->engine.pin);
+  remove_routes();
   if (!config) {
     fmt::print("{} is missing or not valid: the fast path stays as it is\n", config::printable(file));
     return Exit::fine;

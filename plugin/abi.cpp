@@ -437,6 +437,15 @@ int clusterip_set_backend_state(clusterip* handle, const char* service, const so
   });
 }
 
+int clusterip_refuse_left_out(clusterip* handle, clusterip_error* reterr) {
+  return guarded(handle, reterr, [&]() -> Result<int> {
+    if (handle == nullptr) {
+      return misuse("expected a handle, got NULL");
+    }
+    return zero(handle->engine->refuse_left_out());
+  });
+}
+
 int clusterip_attach(clusterip* handle, clusterip_error* reterr) {
   return guarded(handle, reterr, [&]() -> Result<int> {
     if (handle == nullptr) {

@@ -577,6 +577,30 @@ Result<void> BpfEngine::set_backend_state(std::string_view name, const config::A
   return set_backends(name, std::move(backends));
 }
 
+Result<void> BpfEngine::refuse_left_out() {
+  if (auto writer = become_writer(); !writer || !state_) {
+    return writer;
+  }
+  auto services = state_->publisher->services();
+  bool is_any_left = false;
+  for (config::Service& service : services) {
+    if (is_left_out(service)) {
+      service.engine = config::EngineMode::automatic;
+      service.no_backend = config::NoBackend::refuse;
+      is_any_left = true;
+    }
+  }
+  if (!is_any_left) {
+    return {};
+  }
+  auto published = publish(services, state_->publisher->peer_names());
+  if (published) {
+    left_out_.clear();
+    published = attach_missing();
+  }
+  return published;
+}
+
 Result<void> BpfEngine::attach() {
   if (auto writer = become_writer(); !writer) {
     return writer;

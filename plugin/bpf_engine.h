@@ -77,6 +77,7 @@ class BpfEngine {
   Result<void> set_backends(std::string_view service, std::vector<config::Backend> backends);
   Result<void> set_backend_state(std::string_view service, const config::Address& address, std::uint16_t port,
                                  config::BackendState state);
+  Result<void> refuse_left_out();
   Result<void> attach();
   Result<void> detach();
 

@@ -52,6 +52,11 @@ std::expected<void, Failure> FastPath::attach() {
   return attached;
 }
 
+std::expected<void, Failure> FastPath::refuse_left_out() {
+  auto error = cli::sized<clusterip_error>();
+  return outcome(plugin_->refuse_left_out(handle_.get(), &error), error);
+}
+
 std::expected<void, Failure> FastPath::detach() {
   auto error = cli::sized<clusterip_error>();
   return outcome(plugin_->detach(handle_.get(), &error), error);

@@ -28,6 +28,8 @@ class FastPath {
   std::expected<void, cli::Failure> load(std::string_view text, const std::string& name);
   /// Again, when the canary has shown that it is not attached any more.
   std::expected<void, cli::Failure> attach();
+  /// What the userspace engine serves is refused until the next load.
+  std::expected<void, cli::Failure> refuse_left_out();
   /// Takes it away, pins included.
   std::expected<void, cli::Failure> detach();
 

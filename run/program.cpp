@@ -129,6 +129,10 @@ class Program {
   void leave() {
     if (!fast_) return;
     if (config_.engine.on_exit == config::OnExit::keep) {
+      // Before the VIPs of the userspace engine are no addresses of this host any more.
+      if (const auto refused = fast_->refuse_left_out(); !refused)
+        spdlog::error("connects to what the userspace engine has served may leave this host: {}",
+                      refused.error().message);
       const auto kept = cli::anything_pinned(pin_);
       if (kept && !*kept)
         spdlog::error("the fast path ends with this process: {} was removed", pin_);
@@ -195,6 +199,8 @@ class Program {
 
   std::expected<void, Failure> carry_first(Source source) {
     if (fast_) {
+      // An earlier process may have left its services refused: nobody passes to this engine before it listens.
+      proxy_.apply(with_what_is_about_to_come({}, source.config));
       auto loaded = fast_->load(source.text, settings_.file);
       if (!loaded) loaded = do_without(loaded.error());
       if (!loaded) return loaded;

@@ -299,6 +299,13 @@ int clusterip_set_backend_state(clusterip *handle, const char *service, const st
                                 uint32_t state, clusterip_error *reterr);
 
 /*
+ * Refuse connects to what is left to the userspace engine (CLUSTERIP_ALLOW_PARTIAL), until the next load_*: for a host whose
+ * userspace engine ends and whose pins stay. They would pass otherwise, and leave this machine where there is a default route.
+ * 0 also when nothing is left to it. Since ABI 1.2.
+ */
+int clusterip_refuse_left_out(clusterip *handle, clusterip_error *reterr);
+
+/*
  * Make it live: attach to the cgroup and, with a pin path, pin everything. On adopted state the program is exchanged in
  * place, and no connect() meets a moment without one. On failure nothing is attached that was not before.
  */

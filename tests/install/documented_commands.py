@@ -327,6 +327,9 @@ PROSE = {
     "ip addr add VIP/32 dev lo":
         Run("empty", instead="ip addr add 10.96.96.96/32 dev lo && ip addr del 10.96.96.96/32 dev lo"),
     "ip link set lo up": Run("empty"),
+    "ip route add unreachable VIP":
+        Run("empty", instead="ip route add unreachable 10.96.96.96 && ! ip route get 10.96.96.96 && "
+                             "ip route del unreachable 10.96.96.96"),
     "ip route del local X dev lo table local proto 96":
         Run("proxy killed", instead="ip route del local 10.96.96.96 dev lo table local proto 96"),
     "ip route flush": Run("proxy", instead="ip route flush table local proto 96"),

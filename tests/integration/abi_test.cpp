@@ -48,7 +48,7 @@ TEST(Abi, ExportsExactlyWhatTheHeaderDeclares) {
     EXPECT_EQ(type, "T") << name;
     exported.insert(name.substr(0, name.find('@')));
   }
-  EXPECT_EQ(declared_functions().size(), 18u);
+  EXPECT_EQ(declared_functions().size(), 19u);
   EXPECT_EQ(exported, declared_functions());
 }
 
@@ -131,6 +131,7 @@ TEST_F(AbiMisuse, NullArgumentsAreInvalid) {
   EXPECT_EQ(p.check_text(nullptr, 5, "text", on_mistake, nullptr), -EINVAL);
   EXPECT_EQ(p.set_backends(nullptr, "web", nullptr, 0, nullptr), -EINVAL);
   EXPECT_EQ(p.set_backends(handle, nullptr, nullptr, 0, nullptr), -EINVAL);
+  EXPECT_EQ(p.refuse_left_out(nullptr, nullptr), -EINVAL);
   EXPECT_EQ(p.set_backends(handle, "web", nullptr, 1, nullptr), -EINVAL);
   EXPECT_EQ(p.attach(nullptr, nullptr), -EINVAL);
   EXPECT_EQ(p.detach(nullptr, nullptr), -EINVAL);

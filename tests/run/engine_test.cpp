@@ -157,6 +157,28 @@ TEST_F(RunEngine, NoConnectFailsWhileTheServiceIsReplaced) {
   EXPECT_THAT(answers, testing::ElementsAre(testing::Pair("one", testing::Ge(120u))));
 }
 
+TEST_F(RunEngine, WhatTheProxyHasServedIsRefusedWhenItHasEnded) {
+  const Service far{"far", "10.96.0.9", vip_port, {backend(one_)}, "refuse", "engine = \"userspace\"\n"};
+  const auto made = files(toml({web({backend(two_)}), far}));
+  for (const bool is_killed : {false, true}) {
+    SCOPED_TRACE(is_killed ? "killed" : "terminated");
+    RunningService service(made);
+    EXPECT_EQ(ask(far.vip, vip_port), answered_by("one"));
+    if (is_killed) {
+      service.kill();
+      EXPECT_EQ(clusterip({"unload", "--on-exit", made->config()}).exit_code, fine);
+    } else {
+      EXPECT_EQ(service.terminate().exit_code, fine);
+    }
+    EXPECT_EQ(ask(far.vip, vip_port), refused_with(ECONNREFUSED)) << "it would leave a host with a default route";
+    EXPECT_EQ(ask(fast_vip, vip_port), answered_by("two"));
+    const Finished seen = clusterip({"status", "--pin", pin()});
+    EXPECT_EQ(seen.exit_code, fine) << seen.out;
+  }
+  RunningService service(made);
+  EXPECT_EQ(ask(far.vip, vip_port), answered_by("one"));
+}
+
 TEST_F(RunEngine, FastPathThatWasLeftGoesWhenTheProxyIsForced) {
   {
     RunningService(files(proxy_toml({local({backend(one_)})}))).terminate();

@@ -50,6 +50,7 @@ Plugin::Plugin()
       check_text(find<decltype(check_text)>("clusterip_check_text")),
       set_backends(find<decltype(set_backends)>("clusterip_set_backends")),
       set_backend_state(find<decltype(set_backend_state)>("clusterip_set_backend_state")),
+      refuse_left_out(find<decltype(refuse_left_out)>("clusterip_refuse_left_out")),
       attach(find<decltype(attach)>("clusterip_attach")),
       detach(find<decltype(detach)>("clusterip_detach")),
       resolve(find<decltype(resolve)>("clusterip_resolve")),

@@ -45,6 +45,7 @@ class Plugin {
   decltype(&clusterip_check_text) check_text;
   decltype(&clusterip_set_backends) set_backends;
   decltype(&clusterip_set_backend_state) set_backend_state;
+  decltype(&clusterip_refuse_left_out) refuse_left_out;
   decltype(&clusterip_attach) attach;
   decltype(&clusterip_detach) detach;
   decltype(&clusterip_resolve) resolve;
