@@ -60,7 +60,12 @@ void remove_routes() {
 
 /// What a userspace engine that was killed has served is nobody's now: a connect to it would leave the host.
 void refuse_left_out(const Plugin& plugin, const std::string& pin) {
-  if (const auto handle = open_pinned(plugin, pin); handle) plugin.refuse_left_out(handle->get(), nullptr);
+  if (const auto something = anything_pinned(pin); something && !*something) return;
+  auto error = sized<clusterip_error>();
+  const auto handle = open_pinned(plugin, pin);
+  if (handle && plugin.refuse_left_out(handle->get(), &error) == 0) return;
+  fmt::print(stderr, "warning: connects to what the userspace engine has served may leave this host: {}\n",
+             config::printable(handle ? static_cast<const char*>(error.message) : handle.error().message));
 }
 
 /// Never a failure for want of a good file: then the fast path stays.

@@ -205,9 +205,14 @@ TEST_F(RunEngine, UnloadOnExitDoesWhatTheFileSays) {
   const auto keep = files(toml({web({backend(one_)})}));
   {
     RunningService service(keep);
+    const Finished early = clusterip({"unload", "--on-exit", keep->config()});
+    EXPECT_EQ(early.exit_code, fine);
+    EXPECT_THAT(early.err, HasSubstr("may leave this host: " + pin() + " is in use by another process"));
     service.kill();
   }
-  EXPECT_EQ(clusterip({"unload", "--on-exit", keep->config()}).exit_code, fine);
+  const Finished unloaded = clusterip({"unload", "--on-exit", keep->config()});
+  EXPECT_EQ(unloaded.exit_code, fine);
+  EXPECT_EQ(unloaded.err, "");
   EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
   EXPECT_EQ(clusterip({"unload", "--on-exit", "/nonexistent.toml"}).exit_code, fine);
   EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
