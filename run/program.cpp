@@ -91,8 +91,7 @@ class Program {
         plugin_(plugin),
         no_plugin_(std::move(no_plugin)),
         no_fast_path_(no_plugin_),
-        pin_(first.engine.pin),
-        cgroup_(first.engine.cgroup),
+        in_force_{.engine = first.engine, .limits = {}, .userspace = {}, .metrics = {}, .services = {}},
         control_path_(settings.control.value_or(first.engine.control)),
         signals_(control_, SIGHUP, SIGTERM, SIGINT),
         predecessor_(control_),
@@ -133,11 +132,11 @@ class Program {
       if (const auto refused = fast_->refuse_left_out(); !refused)
         spdlog::error("connects to what the userspace engine has served may leave this host: {}",
                       refused.error().message);
-      const auto kept = cli::anything_pinned(pin_);
+      const auto kept = cli::anything_pinned(in_force_.engine.pin);
       if (kept && !*kept)
-        spdlog::error("the fast path ends with this process: {} was removed", pin_);
+        spdlog::error("the fast path ends with this process: {} was removed", in_force_.engine.pin);
       else
-        spdlog::info("the fast path stays at {}", pin_);
+        spdlog::info("the fast path stays at {}", in_force_.engine.pin);
       return;
     }
     if (const auto detached = fast_->detach(); !detached)
@@ -153,7 +152,6 @@ class Program {
     if (auto opened = open_fast_path(); !opened) return opened;
     const config::Engine engine = source.config.engine;
     const config::Metrics metrics = source.config.metrics;
-    started_.engine = engine;
     if (auto carried = carry_first(std::move(source)); !carried) return carried;
     if (predecessor) {
       if (auto replaced = replace(*predecessor); !replaced) return std::unexpected(to_failure(replaced.error()));
@@ -373,18 +371,19 @@ class Program {
 
   /// A fast path that an earlier process left would go on rewriting: now that the userspace engine serves, it goes.
   void remove_stale_fast_path() {
-    const auto something = cli::anything_pinned(pin_);
+    const auto something = cli::anything_pinned(in_force_.engine.pin);
     if (can_replace() || !something || !*something) return;
     std::string why = no_plugin_;
     if (plugin_ != nullptr) {
       auto error = cli::sized<clusterip_error>();
-      const auto handle = cli::open_pinned(*plugin_, pin_);
+      const auto handle = cli::open_pinned(*plugin_, in_force_.engine.pin);
       if (handle && plugin_->detach(handle->get(), &error) == 0)
-        return spdlog::info("the fast path that was left at {} is detached: the userspace engine serves", pin_);
+        return spdlog::info("the fast path that was left at {} is detached: the userspace engine serves",
+                            in_force_.engine.pin);
       why = handle ? static_cast<const char*>(error.message) : handle.error().message;
     }
     const std::string warning =
-        fmt::format("the fast path that was left at {} goes on rewriting connects: {}", pin_, why);
+        fmt::format("the fast path that was left at {} goes on rewriting connects: {}", in_force_.engine.pin, why);
     spdlog::warn("{}", warning);
     no_fast_path_ += "; " + warning;
   }
@@ -490,8 +489,8 @@ class Program {
                   .file = settings_.file,
                   .has_fast_path = fast_.has_value(),
                   .no_fast_path = fast_ ? "" : no_fast_path_,
-                  .pin = pin_,
-                  .cgroup = cgroup_,
+                  .pin = in_force_.engine.pin,
+                  .cgroup = in_force_.engine.cgroup,
                   .canary = canary_,
                   .lost_events = decisions_.lost(),
                   .threads = proxied.threads,
@@ -585,7 +584,7 @@ class Program {
   }
 
   void serve_metrics(const std::string& listen) {
-    started_.metrics.listen = listen;
+    in_force_.metrics.listen = listen;
     auto served = Metrics::serve(control_, listen, [this] { return status(false); });
     if (served)
       metrics_ = std::move(*served);
@@ -707,7 +706,7 @@ class Program {
     spdlog::info("reloaded: {}", change.empty() ? "no service has changed" : change);
     prove();
     if (!metrics_ && config_.metrics.listen) serve_metrics(*config_.metrics.listen);
-    const std::string late = late_keys(started_, config_);
+    const std::string late = late_keys(in_force_, config_);
     if (!late.empty()) spdlog::warn("{}: takes effect at the next start", late);
     return true;
   }
@@ -729,8 +728,7 @@ class Program {
   const cli::Plugin* plugin_;
   const std::string no_plugin_;
   std::string no_fast_path_;
-  const std::string pin_;  // what is in force, whatever a reload reads
-  const std::string cgroup_;
+  config::Config in_force_;  // [engine] and [metrics] until the end, whatever a reload reads
   const std::string control_path_;
   std::optional<FastPath> fast_;
   std::map<std::string, Carrier> carriers_;  // by service; of the fast path's say
@@ -741,7 +739,6 @@ class Program {
   std::optional<cli::Canary> canary_;
   bool has_told_of_canary_ = false;  // that it fails
   userspace::Clock::time_point canary_time_;
-  config::Config started_;  // what is in effect until the end: its [engine] and [metrics]
   std::map<std::tuple<std::string, config::Address, std::uint16_t>, std::string> down_reasons_;
   std::set<std::tuple<std::string, config::Address, std::uint16_t>> unset_;  // the fast path could not be told
   std::uint64_t went_up_ = 0;
