@@ -253,9 +253,14 @@ TEST_F(ProxyReload, LeavesNothingBehind) {
   const std::string second = proxy_toml({web({backend(two)})});
   FallbackProxy proxy(first);
   ask(vip, vip_port);
-  ASSERT_TRUE(eventually([&] { return proxy.open_files() > 0; }));
   proxy.reload(second);
   proxy.reload(first);
+  // What has come back listens a moment after the reload: when its socket from before is closed.
+  ASSERT_TRUE(eventually([&] {
+    const object now = status(*proxy.files());
+    const auto is_serving = [](const boost::json::value& service) { return service.at("serving") == true; };
+    return number(now, "connections") == 0 && std::ranges::all_of(now.at("services").as_array(), is_serving);
+  }));
   const std::size_t files = proxy.open_files();
   for (int i = 0; i < 50; ++i) {
     proxy.reload(second);
