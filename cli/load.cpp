@@ -68,7 +68,7 @@ Outcome run(const Plugin& plugin, const Given& given) {
     }
   }
   if (model && std::ranges::any_of(model->services, [](const auto& service) { return service.health.has_value(); }))
-    fmt::print(stderr, "warning: health is checked only while a service runs (clusterip run)\n");
+    fmt::print(stderr, "warning: health is checked only while a daemon runs (clusterip run)\n");
   return Exit::fine;
 }
 

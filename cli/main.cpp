@@ -34,7 +34,7 @@ constexpr int option_style = po::command_line_style::unix_style & ~po::command_l
 
 void describe_common(po::options_description& options) {
   options.add_options()("plugin", po::value<std::string>()->value_name("PATH"),
-                        "the plugin to load (default: found next to this command)")("help", "show this text");
+                        "the plugin to load (default: found next to this command)")("help,h", "show this text");
 }
 
 po::options_description describe_global() {
@@ -44,10 +44,13 @@ po::options_description describe_global() {
   return options;
 }
 
-Failure usage_failure(std::string_view verb, std::string_view message) {
-  const std::string prefix(verb.empty() ? "" : fmt::format("{}: ", verb));
+Failure usage_failure(std::string_view message) {
+  return {.exit = Exit::usage, .message = fmt::format("{} (see clusterip --help)", message)};
+}
+
+Failure usage_failure(const Verb& verb, std::string_view message) {
   return {.exit = Exit::usage,
-          .message = fmt::format("{}{} (see clusterip {}{}--help)", prefix, message, verb, verb.empty() ? "" : " ")};
+          .message = fmt::format("{}: {} (usage: clusterip {} {})", verb.name, message, verb.name, verb.usage)};
 }
 
 template <class Value>
@@ -57,11 +60,7 @@ Value value_or_default(const po::variables_map& options, const char* name) {
 
 Outcome show_help() {
   fmt::print("Usage: clusterip [OPTION...] VERB [ARGUMENT...]\n\nVerbs:\n");
-  std::size_t longest = 0;
-  for (const Verb* verb : verbs) longest = std::max(longest, verb->name.size() + verb->usage.size() + 1);
-  for (const Verb* verb : verbs) {
-    fmt::print("  {:<{}}  {}\n", fmt::format("{} {}", verb->name, verb->usage), longest, verb->summary);
-  }
+  for (const Verb* verb : verbs) fmt::print("  {:<7}  {}\n", verb->name, verb->summary);
   std::cout << '\n' << describe_global();
   fmt::print(
       "\nclusterip VERB --help has the options of a verb. Exit: 0 fine, 1 failed, 2 usage, 3 configuration,\n"
@@ -102,18 +101,18 @@ Outcome run_verb(const Verb& verb, std::span<const std::string> words) {
       const auto* text = boost::any_cast<std::string>(&value.value());
       // What an unset shell variable leaves. For --cgroup, taking it for "none" would mean the whole host.
       if (text != nullptr && text->empty()) {
-        return std::unexpected(usage_failure(verb.name, fmt::format("--{} is empty", name)));
+        return std::unexpected(usage_failure(verb, fmt::format("--{} is empty", name)));
       }
     }
   } catch (const po::error& error) {
-    return std::unexpected(usage_failure(verb.name, error.what()));
+    return std::unexpected(usage_failure(verb, error.what()));
   }
   const std::size_t wanted = verb.argument.empty() ? 0 : 1;
   if (arguments.size() < wanted) {
-    return std::unexpected(usage_failure(verb.name, fmt::format("{} is missing", verb.argument)));
+    return std::unexpected(usage_failure(verb, fmt::format("{} is missing", verb.argument)));
   }
   if (arguments.size() > wanted) {
-    return std::unexpected(usage_failure(verb.name, fmt::format("unexpected argument '{}'", arguments[wanted])));
+    return std::unexpected(usage_failure(verb, fmt::format("unexpected argument '{}'", arguments[wanted])));
   }
 
   const auto plugin = load_plugin(value_or_default<std::string>(given, "plugin"));
@@ -138,15 +137,15 @@ Outcome run(std::span<const std::string> words) {
                   .run(),
               given);
   } catch (const po::error& error) {
-    return std::unexpected(usage_failure("", error.what()));
+    return std::unexpected(usage_failure(error.what()));
   }
-  if (given.contains("help")) return show_help();
+  if (given.contains("help") || (own < words.size() && words[own] == "help")) return show_help();
   if (given.contains("version")) return show_version(value_or_default<std::string>(given, "plugin"));
 
-  if (own == words.size()) return std::unexpected(usage_failure("", "a verb is missing"));
+  if (own == words.size()) return std::unexpected(usage_failure("a verb is missing"));
   const auto* const verb = std::ranges::find(verbs, words[own], [](const Verb* candidate) { return candidate->name; });
   if (verb == verbs.end()) {
-    return std::unexpected(usage_failure("", fmt::format("unknown verb '{}'", words[own])));
+    return std::unexpected(usage_failure(fmt::format("unknown verb '{}'", words[own])));
   }
   std::vector<std::string> rest(words.begin() + static_cast<long>(own) + 1, words.end());
   if (given.contains("plugin")) rest.insert(rest.begin(), {"--plugin", given["plugin"].as<std::string>()});

@@ -10,7 +10,6 @@
 #include <utility>
 
 #include "cli/text.h"
-#include "config/config.h"
 
 namespace cli {
 
@@ -55,8 +54,6 @@ std::string errno_name(int error) {
 }
 
 }  // namespace
-
-std::string default_pin() { return config::Engine{}.pin; }
 
 std::expected<bool, Failure> anything_pinned(const std::string& pin) {
   std::error_code error;

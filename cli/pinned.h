@@ -10,9 +10,6 @@
 
 namespace cli {
 
-/// Where the fast path is pinned unless said otherwise: [engine] pin's default.
-std::string default_pin();
-
 /// Is anything at `pin`? The failure says why that cannot be told.
 std::expected<bool, Failure> anything_pinned(const std::string& pin);
 

@@ -14,9 +14,8 @@
 
 #include "bpf/map_layout.h"
 #include "cli/endpoint.h"
+#include "cli/places.h"
 #include "cli/verbs.h"
-#include "config/config.h"
-#include "fallback_proxy/control_client.h"
 #include "run/decisions.h"
 
 namespace cli {
@@ -36,10 +35,7 @@ void describe(po::options_description_easy_init add) {
   add("verdict", po::value<std::string>()->value_name("VERDICT"),
       "only rewritten, no_backend, no_service, pass, contended or ejected");
   add("count", po::value<std::int64_t>()->value_name("N"), "end after so many");
-  add("control", po::value<std::string>()->default_value(config::Engine().control)->value_name("PATH"),
-      "the control socket of the running service");
-  add("pin", po::value<std::string>()->value_name("DIR"),
-      "read what is pinned there instead; so it is without a running service, too");
+  describe_places(add);
   add("json", po::bool_switch(), "print a JSON object a line");
 }
 
@@ -118,7 +114,7 @@ class Printer {
   const bool is_json_;
 };
 
-Outcome trace_service(userspace::ControlClient& client, Printer& printer) {
+Outcome trace_daemon(userspace::ControlClient& client, Printer& printer) {
   if (auto sent = client.send({{"request", "trace"}}); !sent)
     return std::unexpected(Failure{.message = sent.error().message});
   client.wait_for_ever();
@@ -132,8 +128,8 @@ Outcome trace_service(userspace::ControlClient& client, Printer& printer) {
   }
 }
 
-Outcome trace_pinned(const Plugin& plugin, const Given& given, Printer& printer) {
-  const auto handle = open_pins(plugin, given);
+Outcome trace_pinned(const Plugin& plugin, const Given& given, const Places& places, Printer& printer) {
+  const auto handle = open_pins(plugin, given, places);
   if (!handle) return std::unexpected(handle.error());
   struct Reader {
     Printer& printer;
@@ -165,14 +161,11 @@ Outcome run(const Plugin& plugin, const Given& given) {
   auto wanted = parse_wanted(given.options);
   if (!wanted) return std::unexpected(wanted.error());
   Printer printer(std::move(*wanted), given.options["json"].as<bool>());
-  if (!given.options.contains("pin")) {
-    auto client = userspace::ControlClient::connect(given.options["control"].as<std::string>());
-    if (!client)
-      return std::unexpected(Failure{.exit = exit_for(client.error().code), .message = client.error().message});
-    if (*client) return trace_service(**client, printer);
-    if (!given.options["control"].defaulted()) return std::unexpected(nobody_listens(given));
-  }
-  return trace_pinned(plugin, given, printer);
+  const auto places = places_of(given);
+  if (!places) return std::unexpected(places.error());
+  auto daemon = connect_to_daemon(*places);
+  if (!daemon) return std::unexpected(daemon.error());
+  return *daemon ? trace_daemon(**daemon, printer) : trace_pinned(plugin, given, *places, printer);
 }
 
 }  // namespace
@@ -180,7 +173,7 @@ Outcome run(const Plugin& plugin, const Given& given) {
 const Verb trace_verb{.name = "trace",
                       .usage =
                           "[--service NAME] [--backend ADDRESS:PORT] [--pid PID] [--verdict VERDICT] [--count N] "
-                          "[--control PATH | --pin DIR] [--json]",
+                          "[--config FILE | --control PATH | --pin DIR] [--json]",
                       .argument = {},
                       .summary = "show each decision of the fast path, a line each, as it is made",
                       .describe = describe,

@@ -3,11 +3,13 @@
 
 #include <filesystem>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <utility>
 #include <vector>
 
 #include "cli/pinned.h"
+#include "cli/places.h"
 #include "cli/verbs.h"
 #include "config/printable.h"
 #include "config/read_config.h"
@@ -20,18 +22,20 @@ namespace {
 namespace po = boost::program_options;
 
 void describe(po::options_description_easy_init add) {
-  add("pin", po::value<std::string>()->default_value(default_pin())->value_name("DIR"),
-      "where the fast path is pinned");
+  add("config", po::value<std::string>()->value_name("FILE"), "what is pinned where this configuration says");
+  add("pin", po::value<std::string>()->value_name("DIR"),
+      fmt::format("what is pinned there (default: {})", config::Engine().pin).c_str());
   add("on-exit", po::value<std::string>()->value_name("FILE"),
       "behind a service that has ended: unload only if FILE says on_exit = \"detach\"; remove the local routes that a "
       "killed one has left");
 }
 
-Outcome unload(const Plugin& plugin, const std::string& pin) {
+/// `elsewhere` says how to name another place.
+Outcome unload(const Plugin& plugin, const std::string& pin, std::string_view elsewhere = "") {
   const auto something = anything_pinned(pin);
   if (!something) return std::unexpected(something.error());
   if (!*something) {
-    fmt::print("nothing is loaded at {}\n", config::printable(pin));
+    fmt::print("nothing is loaded at {}{}\n", config::printable(pin), elsewhere);
     return Exit::fine;
   }
 
@@ -64,7 +68,7 @@ void refuse_left_out(const Plugin& plugin, const std::string& pin) {
   auto error = sized<clusterip_error>();
   const auto handle = open_pinned(plugin, pin);
   if (handle && plugin.refuse_left_out(handle->get(), &error) == 0) return;
-  fmt::print(stderr, "warning: connects to what the userspace engine has served may leave this host: {}\n",
+  fmt::print(stderr, "warning: connects to what the userspace engine has served may leave this machine: {}\n",
              config::printable(handle ? static_cast<const char*>(error.message) : handle.error().message));
 }
 
@@ -86,14 +90,20 @@ Outcome act_on_exit(const Plugin& plugin, const std::string& file) {
 }
 
 Outcome run(const Plugin& plugin, const Given& given) {
-  if (given.options.contains("on-exit")) return act_on_exit(plugin, given.options["on-exit"].as<std::string>());
-  return unload(plugin, given.options["pin"].as<std::string>());
+  const auto& options = given.options;
+  if (options.count("config") + options.count("pin") + options.count("on-exit") > 1)
+    return std::unexpected(Failure{.exit = Exit::usage, .message = "--config, --pin, --on-exit: give one of them"});
+  if (options.contains("on-exit")) return act_on_exit(plugin, options["on-exit"].as<std::string>());
+  if (options.contains("pin")) return unload(plugin, options["pin"].as<std::string>());
+  if (!options.contains("config")) return unload(plugin, config::Engine().pin, " (--config FILE: look elsewhere)");
+  const auto engine = engine_of(options["config"].as<std::string>());
+  return engine ? unload(plugin, engine->pin) : std::unexpected(engine.error());
 }
 
 }  // namespace
 
 const Verb unload_verb{.name = "unload",
-                       .usage = "[--pin DIR | --on-exit FILE]",
+                       .usage = "[--config FILE | --pin DIR | --on-exit FILE]",
                        .argument = {},
                        .summary = "detach and unpin the fast path, all of it",
                        .describe = describe,

@@ -32,17 +32,6 @@ struct Verb {
 
 extern const Verb check_verb, probe_verb, load_verb, unload_verb, run_verb, status_verb, trace_verb, resolve_verb;
 
-/// No service listens at --control.
-inline Failure nobody_listens(const Given& given) {
-  return {.message = "no service listens at " + given.options["control"].as<std::string>()};
-}
-
-/// Where to look at pins: --pin, or where they are by default.
-std::string pin_of(const Given& given);
-
-/// Open the pins of pin_of(), since no service listens at --control, or --pin asks for it.
-std::expected<Handle, Failure> open_pins(const Plugin& plugin, const Given& given);
-
 /// Validate `text` and show each mistake on stderr. False: there were some.
 bool check_text(const Plugin& plugin, std::string_view text, const std::string& name);
 

@@ -27,11 +27,10 @@ _clusterip() {
     '') COMPREPLY=($(compgen -W "$verbs --plugin --help --version" -- "$cur")); return ;;
     check | probe) options+=' --json' ;;
     load) options+=' --config --cgroup --pin' ;;
-    unload) options+=' --pin --on-exit' ;;
+    unload) options+=' --config --pin --on-exit' ;;
     run) options+=' --config --engine --control --log-level' ;;
-    status) options+=' --control --pin --json' ;;
-    trace) options+=' --service --backend --pid --verdict --count --control --pin --json' ;;
-    resolve) options+=' --pin --json' ;;
+    status | resolve) options+=' --config --control --pin --json' ;;
+    trace) options+=' --service --backend --pid --verdict --count --config --control --pin --json' ;;
   esac
   if [[ $verb == check && $cur != -* ]]; then
     compopt -o filenames

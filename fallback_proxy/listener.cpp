@@ -35,7 +35,7 @@ std::unexpected<config::Error> binding_failed(int error, const SocketAddress& vi
   auto failure = config::fail_errno(error, "binding " + vip.text());
   if (error == EADDRINUSE)
     failure.error().message += " (another program has it, or listens on all addresses: ss -tulnp shows it)";
-  if (error == EADDRNOTAVAIL) failure.error().message += " (the VIP is not an address of this host)";
+  if (error == EADDRNOTAVAIL) failure.error().message += " (the VIP is not an address of this machine)";
   if (error == EACCES) failure.error().message += " (ports below 1024 take CAP_NET_BIND_SERVICE)";
   return failure;
 }

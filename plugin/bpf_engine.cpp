@@ -77,7 +77,7 @@ bool is_left_out(const config::Service& service) { return service.engine == conf
 constexpr const char* mode_userspace = "engine.mode is \"userspace\"";
 
 std::string refusal_of(const config::Service& service, const std::string& reason) {
-  return "service \"" + service.name + "\": " + reason + "; the userspace engine (fallback_proxy) can carry it";
+  return "service \"" + service.name + "\": " + reason + "; the userspace engine (clusterip run) can carry it";
 }
 
 bool wants_eject(std::span<const PublishedService> published) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
-// The control socket of the running service: a request a line, an answer a line, both JSON objects. After "trace" a
+// The control socket of the daemon: a request a line, an answer a line, both JSON objects. After "trace" a
 // line follows for each decision; see fallback_proxy/hand_over.h for what follows "take_over". Used by the control
 // thread only.
 #pragma once

@@ -276,7 +276,7 @@ awaitable<void> Metrics::answer(boost::beast::tcp_stream client, std::shared_ptr
     response.body() = to_metrics(*status);
   } else {
     response.result(http::status::service_unavailable);
-    response.body() = fmt::format("the service did not answer within {} s\n", patience.count());
+    response.body() = fmt::format("the daemon did not answer within {} s\n", patience.count());
   }
   response.prepare_payload();
   client.expires_after(answer_time);

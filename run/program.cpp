@@ -16,6 +16,7 @@
 #include <cerrno>
 #include <chrono>
 #include <csignal>
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <set>
@@ -130,7 +131,7 @@ class Program {
     if (config_.engine.on_exit == config::OnExit::keep) {
       // Before the VIPs of the userspace engine are no addresses of this host any more.
       if (const auto refused = fast_->refuse_left_out(); !refused)
-        spdlog::error("connects to what the userspace engine has served may leave this host: {}",
+        spdlog::error("connects to what the userspace engine has served may leave this machine: {}",
                       refused.error().message);
       const auto kept = cli::anything_pinned(in_force_.engine.pin);
       if (kept && !*kept)
@@ -341,6 +342,7 @@ class Program {
       const auto found = carriers_.find(service.name);
       if (!is_carried(service) && !is_proxied(service))
         spdlog::warn("service {}: not served: {}", config::printable(service.name), only_bpf(service));
+      if (is_proxied(service)) warn_of_what_the_proxy_ignores(service);
       if (!fast_ || found == carriers_.end() || found->second.reason.empty()) continue;
       spdlog::info("service {}: engine {}: {}", config::printable(service.name),
                    config::name_of(config::engine_names, found->second.engine),
@@ -348,6 +350,13 @@ class Program {
     }
     const std::string serving = summary();
     spdlog::log(serving.contains(" of ") ? spdlog::level::warn : spdlog::level::info, "{}", serving);
+  }
+
+  static void warn_of_what_the_proxy_ignores(const config::Service& service) {
+    const std::string name = config::printable(service.name);
+    if (service.mark != 0) spdlog::warn("service {}: mark: the userspace engine marks no socket", name);
+    if (service.no_backend != config::NoBackend::refuse)
+      spdlog::warn("service {}: no_backend: the userspace engine refuses, whatever this says", name);
   }
 
   /// It asks for the one engine that cannot carry it.
@@ -486,7 +495,7 @@ class Program {
                   .version = CLUSTERIP_VERSION,
                   .pid = ::getpid(),
                   .since = proxied.since,
-                  .file = settings_.file,
+                  .file = std::filesystem::absolute(settings_.file),
                   .has_fast_path = fast_.has_value(),
                   .no_fast_path = fast_ ? "" : no_fast_path_,
                   .pin = in_force_.engine.pin,

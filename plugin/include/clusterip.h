@@ -14,7 +14,7 @@
  *     ...
  *     clusterip_close(handle);
  *
- * With NULL options this attaches to the root of the hierarchy, that is to every process of the host, for as long as the
+ * With NULL options this attaches to the root of the hierarchy, that is to every process of the machine, for as long as the
  * handle is open.
  *
  * Rules that hold for every function:

@@ -49,7 +49,7 @@ PATIENCE = 30  # seconds, for whatever is awaited: far more than it takes
 DOCUMENTS = ["README.md"] + sorted(str(path.relative_to(SOURCE)) for path in SOURCE.glob("docs/**/*.md"))
 
 # What begins a command, in a list of commands and in prose.
-PROGRAMS = set("""sudo clusterip fallback_proxy bpftool cat cmake curl echo find findmnt fuser ip iperf3 journalctl mkdir
+PROGRAMS = set("""sudo clusterip fallback_proxy bpftool cat apt cmake curl echo find findmnt fuser ip iperf3 journalctl mkdir
                   mount nft promtool rm ss sysctl systemctl systemd-cgls ulimit uname""".split())
 
 
@@ -182,19 +182,38 @@ BLOCKS = {
         "sudo tests/systemd/run":
             Elsewhere("a guest in an emulated machine: minutes, and packages that nothing else needs", "tests/systemd/run",
                       "qemu-system-x86_64 -accel tcg"),
-        "cmake --preset deb && cmake --build --preset deb && cpack --preset deb":
-            Elsewhere("Install.Packages makes the packages, of the build under test", "tests/install/install_test.py", "DEB"),
         "sudo scripts/install-packages": Run("empty", holds=(r"packages: all \d+ are there",)),
+        "sudo cmake --preset deb && sudo cmake --build --preset deb && sudo cpack --preset deb":
+            Elsewhere("Install.Packages makes the packages, of the build under test", "tests/install/install_test.py", "DEB"),
+        "sudo apt install ./build/deb/clusterip_*.deb ./build/deb/libclusterip1_*.deb":
+            Elsewhere("the guest installs them", GUEST, "dpkg -i packages-1/*.deb"),
         "sudo cmake --preset release && sudo cmake --build --preset release": Run("empty", holds=("preset release",)),
         "sudo cmake --install build/release":
             Elsewhere("Install.Tree does, and looks at each file", "tests/install/install_test.py", 'run(CMAKE, "--install"'),
-        "clusterip check config/clusterip.toml": Run("empty", holds=("config/clusterip.toml: valid",)),
-        "sudo clusterip run --config config/clusterip.toml": Run("empty", until=r"serving 2 services"),
-        "sudo clusterip load --config config/clusterip.toml": Run("empty", holds=("^loaded 2 services, 4 backends",)),
+        "sudo systemctl daemon-reload": Elsewhere("it takes systemd", GUEST, "systemctl daemon-reload"),
+        "mkdir -p /tmp/one /tmp/two && echo one >/tmp/one/name && echo two >/tmp/two/name":
+            Run("empty", instead="mkdir -p one two && echo one >one/name && echo two >two/name"),
+        "python3 -m http.server --bind 127.0.0.1 --directory /tmp/one 9001 >/dev/null 2>&1 &":
+            Run(instead="python3 -m http.server --bind 127.0.0.1 --directory one 9001 >/dev/null 2>&1 &"),
+        "python3 -m http.server --bind 127.0.0.1 --directory /tmp/two 9002 >/dev/null 2>&1 &":
+            Run(instead="python3 -m http.server --bind 127.0.0.1 --directory two 9002 >/dev/null 2>&1 & "
+                        "for port in 9001 9002; do curl -s --retry 30 --retry-connrefused 127.0.0.1:$port/name; done",
+                holds=("one", "two")),
+        "sudo mkdir /sys/fs/cgroup/trial": Run(instead=f"test -d {TRIAL}"),
+        "sudo clusterip load --config config/trial.toml": Run(exact=True),
+        "sudo sh -c 'echo $$ >/sys/fs/cgroup/trial/cgroup.procs; for i in $(seq 40); do curl -s http://10.96.0.10/name; done "
+        "| sort | uniq -c'": Run(exact=True),
+        "sudo clusterip resolve 10.96.0.10:80": Run(holds=("127.0.0.1:900[12], one of 2 active backends",)),
+        "sudo clusterip unload": Run(exact=True),
+        "sudo rmdir /sys/fs/cgroup/trial": Run(instead=f"mkdir {TRIAL}/x && rmdir {TRIAL}/x"),
+        "sudo clusterip run --config /etc/clusterip/clusterip.toml": Run("empty", until=r"serving 2 services"),
+        "sudo clusterip load --config /etc/clusterip/clusterip.toml":
+            Run("empty", instead="sudo clusterip load --config config/clusterip.toml",
+                holds=("^loaded 2 services, 4 backends",)),
         "sudo bpftool prog show name sock4_connect": Run("loaded"),
         "sudo bpftool map show name Service_Map": Run(),
         "sudo clusterip status": Run(),
-        "sudo clusterip unload": Run(exact=True),
+        "sudo clusterip unload #2": Run(exact=True),
         "sudo fallback_proxy --config config/clusterip.toml": Run("empty", until=r"serving 2 services"),
         "ip route show table local proto 96": Run("proxy", exact=True),
         "for i in $(seq 40); do curl -s http://192.10.100.100:5201/name; done | sort | uniq -c": Run(exact=True),
@@ -226,6 +245,7 @@ BLOCKS = {
         "clusterip resolve 192.10.100.100:5201": Run("loaded", exact=True),
         "clusterip resolve 192.10.100.100:80": Run(exact=True),
         "clusterip resolve 192.0.2.1:80": Run(exact=True),
+        "clusterip resolve 127.0.1.9:80": Run("both up", exact=True),
     },
     "docs/configuration.md": {
         "nft insert rule inet sidecar output meta mark 0xc1 return": Run("sidecar"),
@@ -244,18 +264,18 @@ BLOCKS = {
         "ip route show table local proto 96": Run("proxy"),
     },
     "docs/service.md": {
-        "sudo clusterip check /etc/clusterip/clusterip.toml": Run("service", holds=("valid",)),
+        "clusterip check /etc/clusterip/clusterip.toml": Run("service", holds=("valid",)),
         "sudo systemctl enable --now clusterip":
             Elsewhere("it takes systemd", GUEST, 'fact "systemctl enable works" systemctl enable clusterip'),
-        "clusterip status": Run(holds=(r"2 services, 4 backends; clusterip \S+, pid \d+",)),
+        "sudo clusterip status": Run(holds=(r"2 services, 4 backends; clusterip \S+, pid \d+",)),
         "sudo clusterip run --config /etc/clusterip/clusterip.toml":
             Run("empty", until=r"serving 2 services: 1 by the fast path, 1 by the userspace engine"),
     },
     "docs/troubleshooting.md": {
-        "clusterip probe": Run("loaded", holds=("engine bpf would carry the services",)),
-        "clusterip status": Run(holds=("canary: rewritten",)),
-        "clusterip resolve 10.96.96.96:5201": Run(holds=("reaches",)),
-        "bpftool cgroup tree": Run(holds=(r"/trial\b[^/]*sock4_connect",)),
+        "sudo clusterip probe": Run("loaded", holds=("engine bpf would carry the services",)),
+        "sudo clusterip status": Run(holds=("canary: rewritten",)),
+        "sudo clusterip resolve 10.96.96.96:5201": Run(holds=("reaches",)),
+        "sudo bpftool cgroup tree": Run(holds=(r"/trial\b[^/]*sock4_connect",)),
     },
     "docs/man/clusterip.1.md": {
         "clusterip check /etc/clusterip/clusterip.toml && systemctl reload clusterip":
@@ -305,6 +325,7 @@ PROSE = {
             holds=("Usage: clusterip run", "Usage: clusterip resolve")),
     "clusterip check": Run("empty", instead="clusterip check - <clusterip.toml", holds=("valid",)),
     "clusterip check FILE": Run("empty", instead="clusterip check clusterip.toml", holds=("valid",)),
+    "clusterip check /etc/clusterip/clusterip.toml": Run("empty", holds=("valid",)),
     "clusterip load": Run("empty", instead="clusterip load --config clusterip.toml", holds=("^loaded",)),
     "clusterip probe": Run("empty", holds=("engine bpf",)),
     "clusterip resolve VIP:PORT": Run("loaded", instead=f"clusterip resolve {SERVED}", holds=("reaches",)),
@@ -341,7 +362,6 @@ PROSE = {
         Run("empty", instead="mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2 && "
                              "ls /run/cgroup2 && umount /run/cgroup2",
             holds=("^trial$",)),
-    "mkdir /sys/fs/cgroup/trial": Run("empty", instead=f"mkdir {TRIAL}/x && rmdir {TRIAL}/x"),
     "mount -t bpf -o mode=0700 bpf /sys/fs/bpf":
         Run("empty", instead="umount /sys/fs/bpf && mount -t bpf -o mode=0700 bpf /sys/fs/bpf && stat -c %a /sys/fs/bpf",
             holds=("700$",)),
@@ -358,6 +378,8 @@ PROSE = {
     "sysctl fs.inotify.max_user_instances": Run("empty", holds=(r"= \d+",)),
     "sysctl net.ipv4.ip_unprivileged_port_start": Run("empty", holds=(r"= \d+",)),
     "sysctl net.ipv6.conf.lo.disable_ipv6=0": Run("empty"),
+    "systemctl enable --now clusterip":
+        Elsewhere("it takes systemd", GUEST, 'fact "systemctl enable works" systemctl enable clusterip'),
     "systemctl reload": Elsewhere("it takes systemd", GUEST, "systemctl reload clusterip"),
     "systemctl reload clusterip": Elsewhere("it takes systemd", GUEST, "systemctl reload clusterip"),
     "systemctl restart clusterip": Elsewhere("it takes systemd", GUEST, "systemctl restart clusterip"),
@@ -525,6 +547,7 @@ port = 80
 backends = [ { address = "10.244.209.27", port = 8080, state = "drain" } ]
 """,
     "reloaded.toml": RELOADED,
+    "both.toml": STATUS_SCENARIO.replace("127.0.0.1:8082", "10.244.209.27:5201"),
     "metrics.toml": '[metrics]\nlisten = "127.0.0.1:9464"\n' + STATUS_SCENARIO,
 }
 
@@ -731,6 +754,9 @@ class Sandbox:
         service.await_line(r"127\.0\.0\.1:8082 of web is down")
         self.shell("clusterip status")  # rates are since the last look
 
+    def stage_both_up(self):
+        self.start("clusterip run --config both.toml").await_line("serving 2 services")
+
     def stage_proxy(self):
         proxy = self.start("fallback_proxy --config config/clusterip.toml")
         proxy.await_line("serving 2 services")
@@ -900,7 +926,7 @@ class Documents(unittest.TestCase):
         for verb, usage in table.items():
             said = subprocess.run([CLUSTERIP, verb, "--help"], text=True, capture_output=True, check=True).stdout
             self.assertEqual(set(re.findall(r"--[a-z-]+", usage)) | {"--plugin", "--help"},
-                             set(re.findall(r"^  (--[a-z-]+)", said, re.M)), verb)
+                             set(re.findall(r"^  (?:-h \[ )?(--[a-z-]+)", said, re.M)), verb)
 
     def test_json_parses(self):
         seen = 0

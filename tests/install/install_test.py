@@ -46,7 +46,7 @@ def verbs():
 
 
 def options(program, *verb):
-    return set(re.findall(r"^  (--[a-z-]+)", run(PROGRAMS[program], *verb, "--help").stdout, re.M))
+    return set(re.findall(r"^  (?:-h \[ )?(--[a-z-]+)", run(PROGRAMS[program], *verb, "--help").stdout, re.M))
 
 
 @unittest.skipUnless(pathlib.Path("/etc/debian_version").exists(), "the layout is Debian's")
@@ -241,9 +241,10 @@ class Completions(unittest.TestCase):
     def test_zsh_offers_the_verbs_and_the_options_of_each(self):
         text = (SOURCE / "completions/_clusterip").read_text()
         common = set(re.findall(r"--[a-z-]+(?=\[)", re.search(r"common=\(.*\)", text)[0]))
+        places = re.search(r"places=\((.*?)^ *\)$", text, re.M | re.S)[1]
         for verb, wanted in verbs().items():
             self.assertIn(f"'{verb}:", text)
-            case = re.search(rf"^ *{verb}\)(.*?);;", text, re.M | re.S)[1]
+            case = re.search(rf"^ *{verb}\)(.*?);;", text, re.M | re.S)[1].replace("$places", places)
             self.assertEqual(set(re.findall(r"--[a-z-]+(?=\[)", case)) | common, wanted, verb)
         text = (SOURCE / "completions/_fallback_proxy").read_text()
         self.assertEqual(set(re.findall(r"--[a-z-]+(?=\[)", text)), options("fallback_proxy"))

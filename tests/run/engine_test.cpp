@@ -207,7 +207,7 @@ TEST_F(RunEngine, UnloadOnExitDoesWhatTheFileSays) {
     RunningService service(keep);
     const Finished early = clusterip({"unload", "--on-exit", keep->config()});
     EXPECT_EQ(early.exit_code, fine);
-    EXPECT_THAT(early.err, HasSubstr("may leave this host: " + pin() + " is in use by another process"));
+    EXPECT_THAT(early.err, HasSubstr("may leave this machine: " + pin() + " is in use by another process"));
     service.kill();
   }
   const Finished unloaded = clusterip({"unload", "--on-exit", keep->config()});

@@ -71,6 +71,79 @@ TEST_F(RunStatus, OfPinsAloneHasTheSameKeys) {
   EXPECT_EQ(text_of(service_of(pinned, "web").at("engine")), "bpf");
 }
 
+TEST_F(RunStatus, VerbsLookWhereAConfigurationSays) {
+  const auto here = files(toml({web({backend(one_)})}));
+  const std::string file = here->config();
+  const std::string vip = fmt::format("{}:{}", fast_vip, vip_port);
+  {
+    RunningService service(here);
+    const Finished shown = clusterip({"status", "--config", file, "--json"});
+    EXPECT_EQ(text_of(boost::json::parse(shown.out).at("config")), file) << shown.err;
+    EXPECT_THAT(clusterip({"resolve", vip, "--config", file}).out,
+                HasSubstr(fmt::format("reaches 127.0.0.1:{}", one_.port())));
+    service.terminate();
+  }
+  const Finished of_pins = clusterip({"status", "--config", file, "--json"});
+  EXPECT_TRUE(boost::json::parse(of_pins.out).at("config").is_null()) << of_pins.out << of_pins.err;
+  EXPECT_THAT(clusterip({"resolve", vip, "--config", file}).out,
+              HasSubstr(fmt::format("reaches 127.0.0.1:{}", one_.port())));
+  EXPECT_THAT(clusterip({"unload", "--config", file}).out, HasSubstr("detached and removed " + pin()));
+  const std::string nothing =
+      fmt::format("nobody listens at {}, and nothing is loaded at {}\n", here->control(), pin());
+  for (const auto& words : std::vector<std::vector<std::string>>{{"status"}, {"resolve", vip}, {"trace"}}) {
+    auto with_config = words;
+    with_config.insert(with_config.end(), {"--config", file});
+    const Finished refused = clusterip(with_config);
+    EXPECT_EQ(refused.exit_code, failed) << words[0];
+    EXPECT_EQ(refused.err, "clusterip: " + nothing);
+    with_config.insert(with_config.end(), {"--pin", pin()});
+    EXPECT_EQ(clusterip(with_config).exit_code, usage) << words[0];
+  }
+  here->write("[[service]]\nnam = 1\n");
+  for (const auto& words : std::vector<std::vector<std::string>>{{"status"}, {"resolve", vip}, {"trace"}, {"unload"}}) {
+    auto with_config = words;
+    with_config.insert(with_config.end(), {"--config", file});
+    const Finished refused = clusterip(with_config);
+    EXPECT_EQ(refused.exit_code, configuration) << words[0];
+    EXPECT_THAT(refused.err, HasSubstr("clusterip.toml:6:1: service[0]: name: expected a name"));
+  }
+}
+
+TEST_F(RunStatus, ResolveTellsWhatTheUserspaceEngineCarries) {
+  const Backend draining{"127.0.0.1", one_.port(), 1, "drain"};
+  const auto resolve = [](const FallbackProxy::Files& files, const std::string& asked) {
+    const Finished resolved = clusterip({"resolve", asked, "--control", files.control()});
+    EXPECT_EQ(resolved.exit_code, fine) << resolved.err;
+    return resolved.out;
+  };
+  {
+    RunningService service(files(toml({web({backend(one_)}), proxied({backend(one_)})})));
+    EXPECT_THAT(resolve(*service.files(), "127.0.1.2:80"),
+                HasSubstr("service proxied, engine userspace: the kernel leaves a connect() as it is, the userspace "
+                          "engine accepts it and chooses the only active backend"));
+    EXPECT_THAT(resolve(*service.files(), "10.96.0.1:80"), HasSubstr("service web, engine bpf: a connect() reaches"));
+    EXPECT_THAT(resolve(*service.files(), "127.0.1.3:80"), HasSubstr("not ours"));
+    const Finished json = clusterip({"resolve", "127.0.1.2:80", "--control", service.files()->control(), "--json"});
+    EXPECT_EQ(jq("[.verdict, .service, .engine, .active_backends]|join(\" \")", json.out),
+              "pass proxied userspace 1\n");
+    service.reload(toml({proxied({draining})}));
+    EXPECT_THAT(resolve(*service.files(), "127.0.1.2:80"), HasSubstr("no backend takes connections"));
+  }
+  RunningService all(files(proxy_toml({proxied({backend(one_)})}), "mode = \"userspace\"\n"));
+  EXPECT_THAT(resolve(*all.files(), "127.0.1.2:80"), HasSubstr("engine userspace"));
+  EXPECT_THAT(resolve(*all.files(), "10.96.0.1:80"), HasSubstr("not ours"));
+}
+
+TEST_F(RunStatus, SaysWhatTheUserspaceEngineIgnores) {
+  Service unheard = proxied({backend(one_)}, "mark = 7\n");
+  unheard.no_backend = "unreachable";
+  RunningService service(files(toml({unheard, web({backend(one_)}, "mark = 7\n")})));
+  const std::string log = service.terminate().err;
+  EXPECT_THAT(log, HasSubstr("warning: service proxied: mark: the userspace engine marks no socket"));
+  EXPECT_THAT(log, HasSubstr("warning: service proxied: no_backend: the userspace engine refuses"));
+  EXPECT_THAT(log, Not(HasSubstr("service web: ")));
+}
+
 TEST_F(RunStatus, ControlSocketIsForTheUserAlone) {
   RunningService service(files(toml({web({backend(one_)})})));
   struct stat socket{};
