@@ -22,31 +22,6 @@ using namespace support;
 /// Longer than any of these tests takes.
 const std::string for_long = "eject = { failures = 3, time = \"10m\" }";
 
-/// A port that refuses connections: nobody listens there, and nobody else can take it.
-class DeadPort {
- public:
-  explicit DeadPort(const std::string& address = "127.0.0.1", std::uint16_t port = 0)
-      : address_(address),
-        fd_(checked(::socket(Endpoint(address, 0).family(), SOCK_STREAM | SOCK_CLOEXEC, 0), "socket")) {
-    const Endpoint local(address, port);
-    checked(::bind(fd_.get(), local.address(), local.length()), "bind " + address);
-    port_ = own_port(fd_);
-  }
-  std::uint16_t port() const { return port_; }
-  Backend backend(std::uint32_t weight = 1) const { return {address_, port_, weight}; }
-
-  /// Comes to life, under the same port.
-  std::unique_ptr<NamedServer> listen(std::string name) {
-    fd_.reset();
-    return std::make_unique<NamedServer>(std::move(name), address_, NamedServer::Speaks::name, port_);
-  }
-
- private:
-  std::string address_;
-  Fd fd_;
-  std::uint16_t port_ = 0;
-};
-
 struct SeenEvent {
   std::uint32_t verdict;
   std::uint32_t backends;

@@ -151,4 +151,13 @@ TEST_F(RunStatus, ControlSocketIsForTheUserAlone) {
   EXPECT_EQ(socket.st_mode, S_IFSOCK | 0600u);
 }
 
+TEST_F(RunStatus, FallbackProxyShowsItToo) {
+  RunningService service(files(proxy_toml({web({backend(one_)}), proxied({backend(one_)})})));
+  const Finished shown = run({CLUSTERIP_FALLBACK_PROXY, "--status", "--control", service.files()->control()});
+  EXPECT_EQ(shown.exit_code, fine) << shown.err;
+  EXPECT_THAT(shown.out, testing::StartsWith("clusterip"));
+  EXPECT_THAT(shown.out, testing::ContainsRegex("web +10\\.96\\.0\\.1:80/tcp +random +bpf +0 +0 +-"));
+  EXPECT_THAT(shown.out, testing::ContainsRegex("proxied +127\\.0\\.1\\.2:80/tcp +random +yes"));
+}
+
 }  // namespace

@@ -68,7 +68,7 @@ void forbid_watching_from(std::uint32_t descriptor) {
   install(filter);
 }
 
-void drop_capabilities_except(std::initializer_list<unsigned> kept) {
+void drop_capabilities_except(const std::vector<unsigned>& kept) {
   __user_cap_header_struct header{_LINUX_CAPABILITY_VERSION_3, 0};
   __user_cap_data_struct data[2] = {};
   for (const unsigned capability : kept) {

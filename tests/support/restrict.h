@@ -6,7 +6,6 @@
 #include <sys/resource.h>
 
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -26,7 +25,7 @@ void forbid(const std::vector<Forbidden>& calls);
 void forbid_watching_from(std::uint32_t descriptor);
 
 /// All capabilities but these, also those that a program run by root would regain. Of the bounding set, too.
-void drop_capabilities_except(std::initializer_list<unsigned> kept);
+void drop_capabilities_except(const std::vector<unsigned>& kept);
 inline void drop_capabilities() { drop_capabilities_except({}); }
 
 /// So many more files can be opened, beside those that are open now, while this lives.

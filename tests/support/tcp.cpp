@@ -86,6 +86,18 @@ Fd TcpListener::accept() const {
   return connection;
 }
 
+DeadPort::DeadPort(const std::string& address, std::uint16_t port) : address_(address) {
+  const Name local = name(address, port);
+  fd_ = Fd(checked(::socket(local.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket"));
+  checked(::bind(fd_.get(), local.get(), local.length), "bind " + address);
+  port_ = own_port(fd_);
+}
+
+std::unique_ptr<NamedServer> DeadPort::listen(std::string name) {
+  fd_.reset();
+  return std::make_unique<NamedServer>(std::move(name), address_, NamedServer::Speaks::name, port_);
+}
+
 Fd dial(const std::string& address, std::uint16_t port, const std::string& from, std::uint16_t from_port) {
   const Name to = name(address, port);
   Fd fd = socket_for(to);

@@ -5,10 +5,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 
 #include "tests/support/fd.h"
+#include "tests/support/named_server.h"
 #include "tests/support/toml.h"
 
 namespace support {
@@ -26,6 +28,23 @@ class TcpListener {
   std::uint16_t port() const { return port_; }
   Backend backend(std::uint32_t weight = 1) const { return {address_, port_, weight}; }
   int get() const { return fd_.get(); }
+
+ private:
+  std::string address_;
+  Fd fd_;
+  std::uint16_t port_ = 0;
+};
+
+/// A port that refuses connections: nobody listens there, and nobody else can take it.
+class DeadPort {
+ public:
+  explicit DeadPort(const std::string& address = "127.0.0.1", std::uint16_t port = 0);
+
+  std::uint16_t port() const { return port_; }
+  Backend backend(std::uint32_t weight = 1) const { return {address_, port_, weight}; }
+
+  /// Comes to life, under the same port.
+  std::unique_ptr<NamedServer> listen(std::string name);
 
  private:
   std::string address_;
