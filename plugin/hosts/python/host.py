@@ -1,0 +1,103 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: BSD-2-Clause
+"""A host in another language, by the C ABI alone: host.py PLUGIN FILE [CGROUP], as ../c/host.c, which explains each step."""
+
+import ctypes
+import pathlib
+import signal
+import sys
+from ctypes import CFUNCTYPE, POINTER, byref, c_char, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_void_p
+
+ABI_MAJOR = 1
+BACKGROUND = 4
+
+
+class Error(ctypes.Structure):
+    _fields_ = [("size", c_size_t), ("code", c_int32), ("line", c_uint32), ("column", c_uint32), ("reserved", c_uint32),
+                ("message", c_char * 512)]
+
+    def __init__(self):
+        super().__init__(size=ctypes.sizeof(Error))
+
+
+class Options(ctypes.Structure):
+    _fields_ = [("size", c_size_t), ("cgroup_path", c_char_p), ("pin_path", c_char_p), ("flags", c_uint32),
+                ("reserved", c_uint32)]
+
+
+OnMistake = CFUNCTYPE(None, POINTER(Error), c_void_p)
+
+
+class Failed(Exception):
+    pass
+
+
+class Host:
+    def __init__(self, plugin, cgroup):
+        self.library = ctypes.CDLL(plugin)
+        self.library.clusterip_abi_version.restype = c_uint32
+        if self.library.clusterip_abi_version() >> 16 != ABI_MAJOR:
+            raise Failed("the library has another major version of the ABI")
+        # Handles are pointers: without argument types ctypes would pass them as int.
+        self.library.clusterip_check_text.argtypes = [c_char_p, c_size_t, c_char_p, OnMistake, c_void_p]
+        self.library.clusterip_load_text.argtypes = [c_void_p, c_char_p, c_size_t, c_char_p, POINTER(Error)]
+        self.library.clusterip_close.argtypes = [c_void_p]
+        self.library.clusterip_close.restype = None
+        self.handle = c_void_p()
+        options = Options(ctypes.sizeof(Options), cgroup.encode(), None, BACKGROUND, 0)
+        self.call("open", byref(options), byref(self.handle))
+
+    def call(self, name, *arguments):
+        error = Error()
+        if getattr(self.library, "clusterip_" + name)(*arguments, byref(error)) != 0:
+            raise Failed(f"{name}: {error.message.decode()}")
+
+    def load(self, path):
+        text, name, mistakes = pathlib.Path(path).read_bytes(), path.encode(), []
+
+        def on_mistake(mistake, _):
+            seen = mistake.contents
+            mistakes.append(f"{path}:{seen.line}:{seen.column}: {seen.message.decode()}")
+
+        if self.library.clusterip_check_text(text, len(text), name, OnMistake(on_mistake), None) != 0:
+            raise Failed("\n".join(mistakes))
+        self.call("load_text", self.handle, text, len(text), name)
+
+    def attach(self):
+        self.call("attach", self.handle)
+        self.call("canary", self.handle, None)
+
+    def end(self):
+        self.call("detach", self.handle)
+        self.library.clusterip_close(self.handle)
+
+
+def own_cgroup():
+    mounts = (line.split() for line in pathlib.Path("/proc/self/mounts").read_text().splitlines())
+    mount = next(fields[1] for fields in mounts if fields[2] == "cgroup2")
+    path = next(line[3:] for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    return mount + path
+
+
+def main(plugin, path, cgroup=None):
+    signals = {signal.SIGHUP, signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    cgroup = cgroup or own_cgroup()
+    host = Host(plugin, cgroup)
+    host.load(path)
+    host.attach()
+    print(f"attached to {cgroup}", flush=True)
+    while signal.sigwait(signals) == signal.SIGHUP:
+        try:
+            host.load(path)
+            print("reloaded", flush=True)
+        except Failed as failed:
+            print(failed, file=sys.stderr, flush=True)
+    host.end()
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except Failed as failed:
+        sys.exit(f"host.py: {failed}")

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Real hosts load the plugin: one scenario for each of them. ctest sets CLUSTERIP_SOURCE and CLUSTERIP_BUILD."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import unittest
+
+import stage
+from stage import ask, run, services, wait_for
+
+REQUESTS = 10000
+RELOADS = 100
+
+
+def load_tests(loader, standard, pattern):
+    """The scenario is none by itself."""
+    return unittest.TestSuite(tests for tests in standard if not any(type(test) in (Scenario, Program) for test in tests))
+
+
+class Scenario(unittest.TestCase):
+    """What each host does. A subclass says how it is started, told to reload and ended."""
+
+    url = f"http://{stage.VIP}:{stage.PORT}/"  # a host that is no proxy: its clients go to the VIP
+    client_options = ("-H", "Connection: close")
+
+    @classmethod
+    def setUpClass(cls):
+        if reason := stage.missing_privilege():
+            if os.environ.get("CLUSTERIP_REQUIRE_PRIVILEGE") == "1":
+                raise AssertionError(reason)
+            raise unittest.SkipTest(reason)
+        cls.cgroup = stage.Cgroup()
+        cls.addClassCleanup(cls.cgroup.remove)
+        stage.enter_private_environment()
+        cls.directory = stage.Directory()
+        cls.addClassCleanup(cls.directory.remove)
+        cls.backends = stage.Backends(cls.directory)
+        cls.addClassCleanup(cls.backends.end)
+
+    def setUp(self):
+        self.configure(services(backend1=1, backend2=3))
+        self.pid = self.start()
+        self.addCleanup(self.end_if_it_runs)
+        wait_for("the host serves", lambda: self.ask())
+
+    def end_if_it_runs(self):
+        if self.pid:
+            self.stop()
+
+    def configure(self, text):
+        self.file = self.directory.write("services.toml", text)
+
+    def ask(self, count=1):
+        return ask(self.url, count, *self.client_options)
+
+    def answers_come_from(self, *names):
+        return wait_for(f"answers of {names} alone", lambda: set(self.ask(40) or ()) == set(names))
+
+    def stop(self):
+        self.end()
+        self.pid = None
+
+    def test_requests_go_to_backends_by_weight(self):
+        answers = stage.Client(self.url, REQUESTS, *self.client_options).answers()
+        self.assertEqual(set(answers), {"backend1", "backend2"})
+        self.assertAlmostEqual(answers["backend1"] / REQUESTS, 0.25, delta=0.03)  # seven times the standard deviation
+        self.check_counters(answers)
+
+    def check_counters(self, answers):
+        pass
+
+    def check_shown(self, shown, answers):
+        """Counters as the hosts that are proxies show them."""
+        self.assertRegex(shown, rf"service web vip {stage.VIP} port {stage.PORT} .*connects \d+ refused 0 ")
+        counts = dict(re.findall(r"backend (\S+) .* connects (\d+) ", shown))
+        for name, count in answers.items():  # one request of setUp() comes on top
+            self.assertAlmostEqual(int(counts[stage.BACKENDS[name].split(":")[0]]), count, delta=1)
+
+    def test_reload_under_load_fails_no_request(self):
+        client = stage.Client(self.url, REQUESTS, *self.client_options)
+        for weights in ({"backend2": 1, "backend3": 1}, {"backend1": 1, "backend3": 3}, {"backend3": 1}):
+            self.configure(services(**weights))
+            self.reload()
+            self.answers_come_from(*weights)
+        self.assertIsNone(client.process.poll(), "it still asks")
+        self.assertLessEqual(set(client.answers()), {"backend1", "backend2", "backend3"})
+
+    def test_mistake_is_refused_with_line_and_column(self):
+        self.configure(services(backend3=1) + 'polcy = "random"\n')
+        self.assertRegex(self.refused_reload(), r'services\.toml:6:1: .*polcy.*did you mean "policy"')
+        self.answers_come_from("backend1", "backend2")
+
+    def test_end_leaves_nothing(self):
+        self.assertIn("sock4_connect", "".join(self.cgroup.attached()))
+        held = stage.bpf_ids(self.pid)
+        self.assertEqual({kind for kind, _ in held}, {"map", "link", "prog"})
+        self.stop()
+        self.assertEqual(self.cgroup.attached(), [])
+        self.assertEqual(stage.pins(), [])
+        wait_for("the kernel frees what was there", lambda: not stage.still_there(held))
+        self.assertIsNone(self.ask())
+
+    def test_reloads_leak_nothing(self):
+        kinds = lambda: sorted(kind for kind, _ in stage.bpf_ids(self.pid))
+        self.reload()  # what is there once, such as the pages of lists that grow
+        before = kinds(), stage.descriptors(self.pid), stage.threads(self.pid), len(self.cgroup.attached())
+        names = ("backend1", "backend2", "backend3")
+        for turn in range(RELOADS):
+            self.configure(services(**{names[turn % 3]: 1, names[(turn + 1) % 3]: 2}))
+            self.reload()
+        self.answers_come_from(names[(RELOADS - 1) % 3], names[RELOADS % 3])
+        after = kinds(), stage.descriptors(self.pid), stage.threads(self.pid), len(self.cgroup.attached())
+        self.assertEqual(before, after)
+
+
+class Nginx(Scenario):
+    url = "http://127.0.0.1:8080/"
+    client_options = ()
+    more = ""
+
+    def write_conf(self):
+        return self.directory.write("nginx.conf", f"""load_module {stage.BUILD}/plugin/hosts/nginx/ngx_clusterip_module.so;
+            user www-data; worker_processes 2; pid {self.directory.path}/nginx.pid; error_log {self.directory.path}/error.log notice;
+            {self.more}
+            clusterip_plugin {stage.PLUGIN};
+            clusterip {self.file};
+            events {{ worker_connections 4096; }}
+            http {{ {stage.nginx_paths(self.directory.path)} keepalive_requests 100000; server {{ listen 127.0.0.1:8080;
+              location / {{ proxy_pass http://{stage.VIP}:{stage.PORT}; }}
+              location = /status {{ clusterip_status; }} }} }}""")
+
+    def nginx(self, *options, check=True):
+        return run("nginx", "-c", self.directory.path / "nginx.conf", "-e", self.directory.path / "error.log", *options, check=check)
+
+    def log(self):
+        return (self.directory.path / "error.log").read_text()
+
+    def start(self):
+        (self.directory.path / "error.log").write_text("")
+        self.write_conf()
+        self.nginx()
+        return int((self.directory.path / "nginx.pid").read_text())
+
+    def end(self):
+        os.kill(self.pid, signal.SIGQUIT)  # `nginx -s quit` reads the files, and a test may have broken one
+        wait_for("nginx has ended", lambda: not pathlib.Path(f"/proc/{self.pid}").exists())
+
+    def reload(self):
+        workers = stage.children(self.pid)
+        os.kill(self.pid, signal.SIGHUP)
+        wait_for("nginx has other workers", lambda: len(now := stage.children(self.pid)) == 2 and not now & workers)
+
+    def refused_reload(self):
+        workers = stage.children(self.pid)
+        tested = self.nginx("-t", check=False)
+        self.assertNotEqual(tested.returncode, 0)
+        os.kill(self.pid, signal.SIGHUP)
+        wait_for("the master refuses", lambda: re.search(r"services\.toml:\d", self.log()))
+        self.assertEqual(stage.children(self.pid), workers)
+        return tested.stderr
+
+    def check_counters(self, answers):
+        shown = lambda: run("curl", "-s", self.url + "status").stdout
+        total = lambda: sum(map(int, re.findall(r"backend .* connects (\d+) ", shown())))
+        wait_for("the counters are of now", lambda: total() > REQUESTS)
+        self.check_shown(shown(), answers)
+
+    def test_workers_hold_nothing_that_changes_services(self):
+        for worker in stage.children(self.pid):
+            self.assertEqual({kind for kind, _ in stage.bpf_ids(worker)} - {"link", "prog"}, set())
+            self.assertNotIn("anon_inode:bpf-prog", stage.descriptors(worker))
+
+
+class Haproxy(Scenario):
+    url = "http://127.0.0.1:8080/"
+    client_options = ()
+
+    def start(self):
+        directory = self.directory.path
+        self.socket = directory / "admin.sock"
+        self.conf = self.directory.write("haproxy.cfg", f"""global
+    stats socket {self.socket} level admin
+    setenv CLUSTERIP_FILE {self.file}
+    setenv CLUSTERIP_PLUGIN {stage.PLUGIN}
+    lua-prepend-path {stage.BUILD}/plugin/hosts/haproxy/?.so cpath
+    lua-load {stage.SOURCE}/plugin/hosts/haproxy/clusterip.lua
+    pidfile {directory}/haproxy.pid
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+    option http-server-close
+frontend front
+    bind 127.0.0.1:8080
+    http-request use-service lua.clusterip if {{ path /status }}
+    default_backend back
+backend back
+    server vip {stage.VIP}:{stage.PORT}
+""")
+        run("haproxy", "-D", "-f", self.conf)  # the process that serves is a child of this one
+        return int((directory / "haproxy.pid").read_text())
+
+    def end(self):
+        os.kill(self.pid, signal.SIGUSR1)  # as soon as it has no connections any more
+        wait_for("haproxy has ended", lambda: not pathlib.Path(f"/proc/{self.pid}").exists())
+
+    def command(self, line):
+        with socket.socket(socket.AF_UNIX) as admin:
+            admin.connect(str(self.socket))
+            admin.sendall(line.encode() + b"\n")
+            return b"".join(iter(lambda: admin.recv(65536), b"")).decode()
+
+    def reload(self):
+        self.assertIn("reloaded", self.command("clusterip reload"))
+
+    def refused_reload(self):
+        checked = run("haproxy", "-c", "-f", self.conf, check=False)
+        self.assertNotEqual(checked.returncode, 0)
+        self.assertRegex(checked.stderr, r"services\.toml:6:1: ")
+        return self.command("clusterip reload")
+
+    def check_counters(self, answers):
+        for shown in (self.command("show clusterip"), run("curl", "-s", self.url + "status").stdout):
+            self.check_shown(shown, answers)
+
+
+class Program(Scenario):
+    """A host that is no proxy: reload by SIGHUP, and words on stdout and stderr."""
+
+    def start(self):
+        self.said = self.directory.write("said", "")
+        with self.said.open("a") as output:
+            self.process = subprocess.Popen([*self.command(), stage.PLUGIN, self.file], stdout=output, stderr=output)
+        self.hears("attached to")
+        return self.process.pid
+
+    def hears(self, words, times=1):
+        wait_for(words, lambda: self.said.read_text().count(words) >= times)
+
+    def end(self):
+        self.process.terminate()
+        self.assertEqual(self.process.wait(), 0)
+
+    def reload(self):
+        times = self.said.read_text().count("reloaded") + 1
+        self.process.send_signal(signal.SIGHUP)
+        self.hears("reloaded", times)
+
+    def refused_reload(self):
+        self.process.send_signal(signal.SIGHUP)
+        self.hears("services.toml:")
+        return self.said.read_text()
+
+
+class C(Program):
+    def command(self):
+        return [stage.BUILD / "plugin/hosts/c/clusterip_host"]
+
+    def check_counters(self, answers):
+        self.hears(f"web pid {self.pids()[-1]}: rewritten", REQUESTS // 2)  # the buffer of events is bounded
+
+    def pids(self):
+        return re.findall(r"^web pid (\d+): rewritten$", self.said.read_text(), re.M)
+
+
+class Python(Program):
+    def command(self):
+        return ["python3", "-B", stage.SOURCE / "plugin/hosts/python/host.py"]
+
+
+if __name__ == "__main__":
+    unittest.main()
