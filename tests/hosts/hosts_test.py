@@ -265,13 +265,13 @@ backend back
             return b"".join(iter(lambda: admin.recv(65536), b"")).decode()
 
     def reload(self):
-        self.assertIn("reloaded", self.command("reload clusterip"))
+        self.assertIn("reloaded", self.command("clusterip reload"))
 
     def refused_reload(self):
         checked = run("haproxy", "-c", "-f", self.conf, check=False)
         self.assertNotEqual(checked.returncode, 0)
         self.assertRegex(checked.stderr, r"services\.toml:6:1: ")
-        return self.command("reload clusterip")
+        return self.command("clusterip reload")
 
     def test_reload_of_haproxy_itself(self):
         """Another worker, with a handle of its own, which is attached beside that of the old one."""

@@ -10,7 +10,7 @@
 --         lua-prepend-path /usr/lib/x86_64-linux-gnu/lua/5.3/?.so cpath
 --         lua-load /etc/haproxy/clusterip.lua
 --
--- `show clusterip` on the admin socket shows the services, `reload clusterip` reads the file again, and
+-- `show clusterip` on the admin socket shows the services, `clusterip reload` reads the file again, and
 -- `http-request use-service lua.clusterip` serves what the first shows.
 --
 -- HAProxy runs this file while it reads its configuration: before it becomes a daemon, before a master forks its workers, and
@@ -80,7 +80,8 @@ core.register_task(function()
     if problem then core.Alert("clusterip: " .. problem) end
 end)
 core.register_cli({"show", "clusterip"}, "show clusterip : services, with counters", function(applet) applet:send(shown()) end)
-core.register_cli({"reload", "clusterip"}, "reload clusterip : read the services again", function(applet) applet:send(reload()) end)
+-- Not "reload clusterip": a command that begins with "reload" is the master's.
+core.register_cli({"clusterip", "reload"}, "clusterip reload : read the services again", function(applet) applet:send(reload()) end)
 core.register_service("clusterip", "http", function(applet)
     local text = shown()
     applet:set_status(handle and 200 or 503)
