@@ -60,7 +60,7 @@ void serve_echo(const support::Channel& channel, const support::OtherHost& host,
       const Fd connection(accepted);
       const int on = 1;
       ::setsockopt(accepted, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-      for (char byte; ::read(accepted, &byte, 1) == 1;)
+      for (char byte = 0; ::read(accepted, &byte, 1) == 1;)
         if (::write(accepted, &byte, 1) != 1) break;
     }).detach();
   }

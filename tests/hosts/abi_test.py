@@ -35,6 +35,7 @@ def record(path):
                "--no-corpus-path", "--no-comp-dir-path", "--no-show-locs", "--no-elf-needed", "--out-file", path, LIBRARY)
     if said.returncode != 0:
         raise AssertionError(said.stderr)
+    path.write_text(path.read_text().replace(f"{SOURCE}/", ""))
 
 
 def differences(before, after):

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 
 BUILD = pathlib.Path(os.environ["CLUSTERIP_BUILD"])
@@ -144,6 +145,30 @@ class Client:
         if counted.pop("200", 0) != self.count or self.process.returncode != 0:
             raise AssertionError(f"not {self.count} answers: {counted}, exit {self.process.returncode}")
         return counted
+
+
+class Load:
+    """Clients one after the other, without a pause, until it is stopped."""
+
+    def __init__(self, url, *options):
+        self.answered, self.failure, self.stopping = collections.Counter(), None, False
+        self.thread = threading.Thread(target=self.run, args=(url, options))
+        self.thread.start()
+
+    def run(self, url, options):
+        try:
+            while not self.stopping:
+                self.answered += Client(url, 200, *options).answers()
+        except AssertionError as failure:
+            self.failure = failure
+
+    def stop(self):
+        """How often each backend has answered; fails if anything else came."""
+        self.stopping = True
+        self.thread.join()
+        if self.failure:
+            raise self.failure
+        return self.answered
 
 
 def ask(url, count=1, *options):

@@ -250,6 +250,13 @@ BLOCKS = {
     "docs/configuration.md": {
         "nft insert rule inet sidecar output meta mark 0xc1 return": Run("sidecar"),
     },
+    "docs/embedding.md": {
+        "nft add table inet sidecar": Run("sidecar"),
+        "nft 'add chain inet sidecar output { type nat hook output priority -100; }'": Run(),
+        "nft add rule inet sidecar output meta skuid 1337 return": Run(),
+        "nft add rule inet sidecar output meta l4proto tcp redirect to :15001": Run(),
+        "nft insert rule inet sidecar output meta mark 0xc1 return": Run(),
+    },
     "docs/fallback_proxy.md": {
         "sudo fallback_proxy --config clusterip.toml": Run("empty", until=r"serving 2 services"),
         "fallback_proxy --config FILE":

@@ -80,6 +80,7 @@ core.register_task(function()
     if problem then core.Alert("clusterip: " .. problem) end
 end)
 core.register_cli({"show", "clusterip"}, "show clusterip : services, with counters", function(applet) applet:send(shown()) end)
+-- Not "reload clusterip": a command that begins with "reload" is the master's.
 core.register_cli({"clusterip", "reload"}, "clusterip reload : read the services again", function(applet) applet:send(reload()) end)
 core.register_service("clusterip", "http", function(applet)
     local text = shown()
