@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <utility>
+#include <vector>
 
 namespace plugin {
 
@@ -50,7 +51,11 @@ Result<HookAttachment> HookAttachment::attach(Hook hook, const Cgroup& cgroup, c
           error, "attaching to " + cgroup.path +
                      (error == EPERM ? " (a program of somebody else may be attached without BPF_F_ALLOW_MULTI)" : ""));
     }
-    return from_link(hook, std::move(link));
+    auto copy = duplicate(program);
+    if (!copy) {
+      return std::unexpected(copy.error());
+    }
+    return from_link(hook, std::move(link), std::move(*copy));
   }
   if (bpf_prog_attach(program.get(), cgroup.fd.get(), type, BPF_F_ALLOW_MULTI) != 0) {
     const int error = errno;
@@ -65,9 +70,10 @@ Result<HookAttachment> HookAttachment::attach(Hook hook, const Cgroup& cgroup, c
   return attachment;
 }
 
-HookAttachment HookAttachment::from_link(Hook hook, Fd link) {
+HookAttachment HookAttachment::from_link(Hook hook, Fd link, Fd program) {
   HookAttachment attachment(hook);
   attachment.link_ = std::move(link);
+  attachment.program_ = std::move(program);
   return attachment;
 }
 
@@ -84,15 +90,16 @@ Result<HookAttachment> HookAttachment::from_program(Hook hook, const Cgroup& cgr
 }
 
 Result<void> HookAttachment::replace(const Fd& program) {
+  auto copy = duplicate(program);
+  if (!copy) {
+    return std::unexpected(copy.error());
+  }
   if (link_) {
     if (bpf_link_update(link_.get(), program.get(), nullptr) != 0) {
       return fail_errno(errno, "exchanging the program");
     }
+    program_ = std::move(*copy);
     return {};
-  }
-  auto copy = duplicate(program);
-  if (!copy) {
-    return std::unexpected(copy.error());
   }
   LIBBPF_OPTS(bpf_prog_attach_opts, options, .flags = BPF_F_ALLOW_MULTI | BPF_F_REPLACE,
               .replace_prog_fd = program_.get());
@@ -183,18 +190,41 @@ Result<void> Attachment::switch_to(const Cgroup& cgroup, const PerHook<Fd>& prog
       return undo(attached.error());
     }
   }
-  const Fd& connect4 = programs[index_of(Hook::connect4)];
-  auto done = is_attached() ? hooks_[index_of(Hook::connect4)]->replace(connect4) : attach(Hook::connect4);
+  // What ran before, to go back to: connect4 last, since it tells a process that finds this half done where to go on.
+  std::vector<std::pair<Hook, Fd>> replaced;
+  const auto replace = [&](Hook hook) -> Result<void> {
+    HookAttachment& attachment = *hooks_[index_of(hook)];
+    auto old = duplicate(attachment.program());
+    if (!old) {
+      return std::unexpected(old.error());
+    }
+    replaced.reserve(replaced.size() + 1);
+    auto done = attachment.replace(programs[index_of(hook)]);
+    if (done) {
+      replaced.emplace_back(hook, std::move(*old));
+    }
+    return done;
+  };
+  const auto go_back = [&](Error error) {
+    while (!replaced.empty()) {
+      const auto& [hook, program] = replaced.back();
+      if (auto back = hooks_[index_of(hook)]->replace(program); !back) {
+        error.message += "; and what ran before could not be put back: " + back.error().message;
+      }
+      replaced.pop_back();
+    }
+    return undo(std::move(error));
+  };
+  auto done = is_attached() ? replace(Hook::connect4) : attach(Hook::connect4);
   if (!done) {
     return undo(done.error());
   }
   for (const HookInfo& info : all_hooks) {
-    const Fd& program = programs[index_of(info.hook)];
-    if (info.hook == Hook::connect4 || !program || !before.contains(info.hook)) {
+    if (info.hook == Hook::connect4 || !programs[index_of(info.hook)] || !before.contains(info.hook)) {
       continue;
     }
-    if (auto replaced = hooks_[index_of(info.hook)]->replace(program); !replaced) {
-      return replaced;
+    if (auto exchanged = replace(info.hook); !exchanged) {
+      return go_back(exchanged.error());
     }
   }
   return {};

@@ -20,7 +20,8 @@ class HookAttachment {
   /// Takes its own descriptors of the cgroup and the program.
   static Result<HookAttachment> attach(Hook hook, const Cgroup& cgroup, const Fd& program, bool use_link);
 
-  static HookAttachment from_link(Hook hook, Fd link);
+  /// `program`: the one that the link runs.
+  static HookAttachment from_link(Hook hook, Fd link, Fd program);
   static Result<HookAttachment> from_program(Hook hook, const Cgroup& cgroup, const Fd& program);
 
   /// Exchanges the program in place: every system call meets the old one or the new one.
@@ -29,6 +30,7 @@ class HookAttachment {
   Result<void> detach();
 
   const Fd& link() const { return link_; }  // empty without bpf_link
+  const Fd& program() const { return program_; }
 
   /// The cgroup that the link is attached to; 0 when that cgroup is gone (and the link does nothing any more).
   Result<std::uint64_t> cgroup_id() const;
@@ -54,8 +56,7 @@ class Attachment {
 
   /// Makes `programs` the ones that run: exchanges those that are attached and adds the others. What is missing is
   /// added first, then connect4 becomes the new one, then the rest: so whether the change has happened is told by
-  /// connect4 alone, and whoever finds it half done knows what is left. On failure before that, what was attached is as
-  /// it was.
+  /// connect4 alone, and whoever finds it half done knows what is left. On failure, what was attached is as it was.
   Result<void> switch_to(const Cgroup& cgroup, const PerHook<Fd>& programs, bool use_link, const LinkMade& made);
 
   /// Everything, connect4 last.

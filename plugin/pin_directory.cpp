@@ -114,18 +114,26 @@ bool is_attached(Hook hook, const Cgroup& cgroup, std::uint32_t program_id) {
 }
 
 /// Whether the sock4_connect pinned in `directory` is the one that runs.
-bool is_running(const std::string& directory, const std::string& link_path) {
-  const Fd program(bpf_obj_get(program_path(directory, Hook::connect4).c_str()));
+Result<bool> is_running(const std::string& directory, const std::string& link_path) {
+  const std::string pinned = program_path(directory, Hook::connect4);
+  const Fd program(bpf_obj_get(pinned.c_str()));
   if (!program) {
-    return false;
+    return errno == ENOENT ? Result<bool>(false) : fail_errno(errno, "opening " + pinned);
   }
   const auto id = program_id_of(program);
   if (!id) {
-    return false;
+    return std::unexpected(id.error());
   }
-  if (Fd link(bpf_obj_get(link_path.c_str())); link) {
-    const auto running = HookAttachment::from_link(Hook::connect4, std::move(link)).program_id();
-    return running && *running == *id;
+  Fd link(bpf_obj_get(link_path.c_str()));
+  if (!link && errno != ENOENT) {
+    return fail_errno(errno, "opening " + link_path);
+  }
+  if (link) {
+    const auto running = HookAttachment::from_link(Hook::connect4, std::move(link), Fd()).program_id();
+    if (!running) {
+      return std::unexpected(running.error());
+    }
+    return *running == *id;
   }
   const auto cgroup = recorded_cgroup(directory);
   return cgroup && is_attached(Hook::connect4, *cgroup, *id);
@@ -256,7 +264,11 @@ Result<void> PinDirectory::recover() {
     return {};
   }
   const std::string staged_link = link_path(next, Hook::connect4);
-  if (!is_running(next, exists(staged_link) ? staged_link : link_path(path_, Hook::connect4))) {
+  const auto runs = is_running(next, exists(staged_link) ? staged_link : link_path(path_, Hook::connect4));
+  if (!runs) {
+    return std::unexpected(runs.error());
+  }
+  if (!*runs) {
     discard_staged();
     return {};
   }
@@ -283,6 +295,9 @@ Result<void> PinDirectory::recover() {
 Result<void> PinDirectory::finish_exchange(Hook hook) const {
   const std::string next = path_ + "/" + next_name;
   const Fd program(bpf_obj_get(program_path(next, hook).c_str()));
+  if (!program && errno != ENOENT) {
+    return fail_errno(errno, "opening " + program_path(next, hook));
+  }
   if (!program || exists(link_path(next, hook))) {
     return {};
   }
@@ -298,7 +313,7 @@ Result<void> PinDirectory::finish_exchange(Hook hook) const {
 /// -ENOENT: the pinned program of this hook is not attached, or there is none.
 Result<HookAttachment> PinDirectory::attachment_of(Hook hook) const {
   const std::string pinned = program_path(path_, hook);
-  const Fd program(bpf_obj_get(pinned.c_str()));
+  Fd program(bpf_obj_get(pinned.c_str()));
   if (!program) {
     return fail_errno(errno, "opening " + pinned);
   }
@@ -306,8 +321,12 @@ Result<HookAttachment> PinDirectory::attachment_of(Hook hook) const {
   if (!id) {
     return std::unexpected(id.error());
   }
-  if (Fd link(bpf_obj_get(link_path(path_, hook).c_str())); link) {
-    auto attachment = HookAttachment::from_link(hook, std::move(link));
+  Fd link(bpf_obj_get(link_path(path_, hook).c_str()));
+  if (!link && errno != ENOENT) {  // it may be there: without it, a second program would be attached beside it
+    return fail_errno(errno, "opening " + link_path(path_, hook));
+  }
+  if (link) {
+    auto attachment = HookAttachment::from_link(hook, std::move(link), std::move(program));
     const auto cgroup = attachment.cgroup_id();
     if (!cgroup || *cgroup == 0) {  // somebody has detached it, or its cgroup is gone
       return cgroup ? fail(-ENOENT, pinned + " is not attached") : std::unexpected(cgroup.error());

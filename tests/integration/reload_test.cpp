@@ -2,6 +2,7 @@
 //
 // Changes of what serves: all of them, or none.
 #include <fmt/format.h>
+#include <sys/syscall.h>
 
 #include <algorithm>
 #include <iterator>
@@ -271,6 +272,31 @@ TEST_F(Reload, CountersSurviveGrowth) {
   EXPECT_EQ(web.name, "web");
   EXPECT_EQ(web.connects, 4u) << "counted since the fast path was first loaded";
   EXPECT_EQ(web.backends.at(0).connects, 4u) << "counted since the backend was added";
+}
+
+TEST_F(Reload, NewServiceCountsFromZero) {
+  const NamedServer server("server");
+  Handle handle = serve(toml({}, {8, 8}));
+  for (int i = 1; i < 80; ++i) {  // records are used again after a while
+    const std::string vip = "10.96.1." + std::to_string(i);
+    ASSERT_TRUE(ok(handle.load(toml({{"web", vip, 80, {backend(server)}}}, {8, 8}))));
+    ASSERT_EQ(handle.visit().at(0).connects, 0u) << i;
+    ASSERT_EQ(ask(vip, 80), answered_by("server"));
+  }
+}
+
+TEST_F(Reload, ChangesThatFailTakeNoRoom) {
+  const NamedServer one("one"), two("two");
+  EXPECT_EQ(in_child([&] {
+              const Service web{"web", "10.96.0.1", 80, {backend(one)}};
+              Handle handle = serve(toml({web}, {8, 8}));
+              forbid({{SYS_bpf, BPF_MAP_UPDATE_BATCH, ENOMEM}, {SYS_bpf, BPF_MAP_UPDATE_ELEM, ENOMEM}});
+              const std::string more = toml({web, {"new", "10.96.0.2", 80, {backend(two)}}}, {8, 8});
+              for (int i = 0; i < 100; ++i) require(handle.load(more).code == -ENOMEM, "a key was inserted");
+              require_ok(handle.set_backends("web", {backend(two)}));
+              require(ask("10.96.0.1", 80) == answered_by("two"), "not served");
+            }),
+            "");
 }
 
 TEST_F(Reload, BackendThatLeavesGetsNoNewConnectWhileItsOldOneLivesOn) {

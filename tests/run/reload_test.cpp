@@ -74,6 +74,21 @@ TEST_F(RunReload, MistakeChangesNothingOnEitherEngine) {
   EXPECT_EQ(seen.at("reloads").to_number<int>(), 1);
 }
 
+TEST_F(RunReload, WhatTheFastPathRefusesIsServedByNeitherEngine) {
+  RunningService service(files(proxy_toml({web({backend(one_)}), proxied({backend(one_)})})));
+  fs::remove_all(pin());  // new maps cannot be pinned
+  auto services = more_services(300, backend(two_));
+  services.push_back(web({backend(two_)}));
+  services.push_back(proxied({backend(two_)}));
+  services.push_back({"new", "127.0.1.9", vip_port, {backend(two_)}, "refuse", "engine = \"userspace\"\n"});
+  Limits limits;
+  limits.services = 1024;
+  EXPECT_THAT(service.reload(proxy_toml(services, {}, limits)), HasSubstr("goes on serving"));
+  EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
+  EXPECT_EQ(ask(proxied_vip, vip_port), answered_by("one"));
+  EXPECT_TRUE(eventually([] { return ask("127.0.1.9", vip_port) == refused_with(ECONNREFUSED); }));
+}
+
 TEST_F(RunReload, ServiceMovesBetweenTheEnginesWithoutAFailedConnect) {
   const Service by_kernel{"moving", "127.0.1.4", 80, {backend(one_)}};
   Service by_proxy = by_kernel;

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// The host changes under a running service: what it stands on is taken away, or the clock jumps.
+#include <signal.h>
+#include <sys/mount.h>
+
+#include <cstdlib>
+#include <filesystem>
+
+#include "tests/run/running.h"
+
+namespace {
+
+using namespace support;
+using testing::HasSubstr;
+
+class HostFault : public Running {
+ protected:
+  const NamedServer one_{"one"};
+  const NamedServer two_{"two"};
+};
+
+TEST_F(HostFault, BpfFilesystemThatIsUnmountedIsToldAndServesOn) {
+  RunningService service(files(toml({web({backend(one_)})})));
+  ASSERT_EQ(::umount2(bpffs, MNT_DETACH), 0);
+  EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
+  EXPECT_TRUE(
+      eventually([&] { return clusterip({"status", "--control", service.files()->control()}).exit_code == failed; }));
+  EXPECT_THAT(service.wait_for_log("the canary failed: "), HasSubstr(pin()));
+  service.reload(toml({web({backend(two_)})}));
+  EXPECT_EQ(ask(fast_vip, vip_port), answered_by("two")) << "the maps are this process's still";
+  EXPECT_EQ(service.terminate().exit_code, fine);
+  ASSERT_EQ(::mount("bpf", bpffs, "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700"), 0);
+}
+
+TEST_F(HostFault, CgroupThatIsRemovedIsToldAndItsSuccessorServed) {
+  const std::string below = cgroup().path() + "/below";
+  std::filesystem::create_directory(below);
+  auto made = std::make_shared<FallbackProxy::Files>(fmt::format("cgroup = \"{}\"\npin = \"{}\"\n", below, pin()));
+  made->write(toml({web({backend(one_)})}));
+  RunningService service(made);
+  std::filesystem::remove(below);
+  const auto status = [&] { return clusterip({"status", "--control", made->control()}); };
+  EXPECT_EQ(status().exit_code, failed);
+  EXPECT_THAT(service.wait_for_log("the canary failed: "), HasSubstr(below));
+  std::filesystem::create_directory(below);
+  EXPECT_TRUE(eventually([&] { return status().exit_code == fine; }));
+  service.terminate();
+  clusterip({"unload", "--pin", pin()});
+  EXPECT_TRUE(eventually([&] {
+    std::error_code error;
+    return std::filesystem::remove(below, error);
+  }));
+}
+
+TEST_F(HostFault, ClockThatJumpsChangesNothing) {
+  const TemporaryDirectory directory;
+  for (const char* seconds : {"86400", "-86400"}) {
+    SCOPED_TRACE(seconds);
+    const std::string jump = directory.path() + "/jump";
+    const std::string keys =
+        "affinity = \"1h\"\nhealth = { interval = \"100ms\", timeout = \"100ms\", rise = 1, fall = 1 }\n";
+    RunningService service(
+        files(proxy_toml({web({backend(one_), backend(two_)}, keys), proxied({backend(one_), backend(two_)}, keys)})),
+        {}, [&] {
+          ::setenv("LD_PRELOAD", CLUSTERIP_FAULT_INJECTOR, 1);
+          ::setenv("CLUSTERIP_CLOCK", (jump + " " + seconds).c_str(), 1);
+        });
+    const std::string by_kernel = ask(fast_vip, vip_port).text;
+    const std::string by_proxy = ask(proxied_vip, vip_port).text;
+    directory.write("jump", "");
+    for (int i = 0; i < 50; ++i) {
+      ASSERT_EQ(ask(fast_vip, vip_port), answered_by(by_kernel));
+      ASSERT_EQ(ask(proxied_vip, vip_port), answered_by(by_proxy));
+    }
+    for (const char* name : {"web", "proxied"}) {
+      const auto seen = status(*service.files());
+      for (const auto& backend : service_of(seen, name).at("backends").as_array())
+        EXPECT_EQ(text_of(backend.at("state")), "active") << name;
+    }
+    const Finished finished = service.terminate();
+    EXPECT_EQ(finished.exit_code, fine);
+    EXPECT_THAT(finished.err, testing::Not(HasSubstr("down")));
+    std::filesystem::remove(jump);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * Preloaded into a program, makes one of its system calls fail:
+ *
+ *   CLUSTERIP_FAULT="CALL COMMAND NTH ERRNO FILE"
+ *
+ * The NTH time (from 1) that CALL is made (with COMMAND as its first argument, unless that is -1) it fails with ERRNO, once.
+ * Then FILE is made, so that whoever counts knows when there is no NTH time. CALL is a name below.
+ *
+ *   CLUSTERIP_CLOCK="FILE SECONDS": while FILE exists, the clock of the day is that much later.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+static struct {
+	char call[32];
+	long command;
+	long nth;
+	int error;
+	char file[256];
+	char clock_file[256];
+	long clock_seconds;
+} fault;
+static atomic_long calls;
+
+__attribute__((constructor)) static void read_fault(void)
+{
+	const char *text = getenv("CLUSTERIP_FAULT");
+	if (text && sscanf(text, "%31s %ld %ld %d %255s", fault.call, &fault.command, &fault.nth, &fault.error, fault.file) != 5)
+		_exit(124);
+	text = getenv("CLUSTERIP_CLOCK");
+	if (text && sscanf(text, "%255s %ld", fault.clock_file, &fault.clock_seconds) != 2)
+		_exit(124);
+}
+
+/* Whether this call fails: errno is set. */
+static int fails(const char *call, long command)
+{
+	if (strcmp(fault.call, call) != 0 || (fault.command != -1 && fault.command != command))
+		return 0;
+	if (atomic_fetch_add(&calls, 1) + 1 != fault.nth)
+		return 0;
+	syscall(SYS_close, syscall(SYS_openat, AT_FDCWD, fault.file, O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+	errno = fault.error;
+	return 1;
+}
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+long syscall(long number, ...)
+{
+	static long (*real)(long, ...);
+	long a[6];
+	va_list arguments;
+
+	va_start(arguments, number);
+	for (int i = 0; i < 6; i++)
+		a[i] = va_arg(arguments, long);
+	va_end(arguments);
+	if (!real)
+		real = REAL(syscall);
+	if ((number == SYS_bpf && fails("bpf", a[0])) || (number == SYS_membarrier && fails("membarrier", a[0])))
+		return -1;
+	return real(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+}
+
+int socket(int family, int type, int protocol)
+{
+	return fails("socket", family) ? -1 : REAL(socket)(family, type, protocol);
+}
+
+int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
+{
+	return fails("accept4", -1) ? -1 : REAL(accept4)(fd, address, length, flags);
+}
+
+ssize_t splice(int in, off64_t *off_in, int out, off64_t *off_out, size_t length, unsigned int flags)
+{
+	return fails("splice", -1) ? -1 : REAL(splice)(in, off_in, out, off_out, length, flags);
+}
+
+int pipe2(int fds[2], int flags)
+{
+	return fails("pipe2", -1) ? -1 : REAL(pipe2)(fds, flags);
+}
+
+ssize_t sendto(int fd, const void *bytes, size_t length, int flags, const struct sockaddr *to, socklen_t to_length)
+{
+	/* Of netlink sockets alone: those have an address. */
+	if (to && to->sa_family == AF_NETLINK && fails("netlink", -1))
+		return -1;
+	return REAL(sendto)(fd, bytes, length, flags, to, to_length);
+}
+
+int mkdir(const char *path, mode_t mode)
+{
+	return fails("mkdir", -1) ? -1 : REAL(mkdir)(path, mode);
+}
+
+int rename(const char *from, const char *to)
+{
+	return fails("rename", -1) ? -1 : REAL(rename)(from, to);
+}
+
+int clock_gettime(clockid_t id, struct timespec *now)
+{
+	static int (*real)(clockid_t, struct timespec *);
+	if (!real)
+		real = REAL(clock_gettime);
+	int result = real(id, now);
+	if (result == 0 && id == CLOCK_REALTIME && fault.clock_seconds && access(fault.clock_file, F_OK) == 0)
+		now->tv_sec += fault.clock_seconds;
+	return result;
+}
