@@ -8,9 +8,9 @@
 namespace parity {
 namespace {
 
-constexpr const char* refused = "ECONNREFUSED at once, and no packet leaves the host";
-constexpr const char* in_between = "the proxy is a host of its own to both sides";
-constexpr const char* local_vips = "the proxy's VIPs are addresses of this host, with all of their ports";
+constexpr const char* refused = "ECONNREFUSED at once, and no packet leaves the machine";
+constexpr const char* in_between = "the proxy is an end of its own to both sides";
+constexpr const char* local_vips = "the proxy's VIPs are addresses of this machine, with all of their ports";
 constexpr const char* accepted_first = "the proxy has accepted before it knows the backend";
 constexpr const char* by_client = "the hook knows who asks; to the proxy, a client is where a connection comes from";
 
@@ -47,8 +47,8 @@ constexpr std::array table{
   Row{"DeadBackend", "a dead backend among others", "ECONNREFUSED, or a timeout; with `eject`, a few times only", "another backend answers", "the hook runs before the connection is tried, and cannot try again", dead_backend},
   Row{"AllBackendsDead", "no backend takes the connection", "ECONNREFUSED", "connected, then ECONNRESET", accepted_first, all_backends_dead},
   Row{"UnreachableAndPass", "a service without backends, `unreachable` or `pass`", "EHOSTUNREACH; what it would be without clusterip", "ECONNREFUSED", local_vips, unreachable_and_pass},
-  Row{"UnservedPortWildcard", "a port of a VIP that no service has, and something of the host listens there on all addresses", "ECONNREFUSED", "that listener answers", local_vips, unserved_port_with_a_wildcard_listener},
-  Row{"WildcardOnThePort", "something of the host listens on the service's port on all addresses", "a backend answers", "that listener answers; the status has the reason", local_vips, wildcard_listener_on_the_port},
+  Row{"UnservedPortWildcard", "a port of a VIP that no service has, and something of the machine listens there on all addresses", "ECONNREFUSED", "that listener answers", local_vips, unserved_port_with_a_wildcard_listener},
+  Row{"WildcardOnThePort", "something of the machine listens on the service's port on all addresses", "a backend answers", "that listener answers; the status has the reason", local_vips, wildcard_listener_on_the_port},
   Row{"OnRemoveReset", "`on_remove = \"reset\"`, and the backend leaves", "ECONNABORTED", "ECONNRESET", "the kernel ends the application's socket itself; the proxy ends its own", on_remove_reset_ends_connections},
   Row{"PeerNamesOff", "getpeername() with `peer_names = false`", "the backend", "the VIP", in_between, peer_names_off},
   Row{"Mark", "`mark`", "the application's socket has it", "nothing has it", "the proxy cannot reach the application's socket", mark_is_set},
