@@ -2,6 +2,7 @@
 //
 // Changes of what serves: all of them, or none.
 #include <fmt/format.h>
+#include <linux/membarrier.h>
 #include <sys/syscall.h>
 
 #include <algorithm>
@@ -295,6 +296,21 @@ TEST_F(Reload, ChangesThatFailTakeNoRoom) {
               for (int i = 0; i < 100; ++i) require(handle.load(more).code == -ENOMEM, "a key was inserted");
               require_ok(handle.set_backends("web", {backend(two)}));
               require(ask("10.96.0.1", 80) == answered_by("two"), "not served");
+            }),
+            "");
+}
+
+TEST_F(Reload, RoomIsUsedAgainOnlyAfterAGracePeriod) {
+  const NamedServer one("one"), two("two");
+  EXPECT_EQ(in_child([&] {
+              Handle handle = serve(toml({{"web", "10.96.0.1", 80, {backend(one)}}}, {8, 8}));
+              forbid({{SYS_membarrier, MEMBARRIER_CMD_GLOBAL, EPERM}});
+              Outcome outcome;
+              for (int i = 0; i < 20000 && outcome.code == 0; ++i)
+                outcome = handle.set_backends("web", {backend(i % 2 == 0 ? two : one)});
+              require(outcome.code == -EPERM, "what was replaced is used again, and nobody has waited");
+              require(outcome.message.contains("membarrier"), outcome.message);
+              require(ask("10.96.0.1", 80).error == 0, "not served");
             }),
             "");
 }
