@@ -307,9 +307,15 @@ PROSE = {
     "clusterip check FILE": Run("empty", instead="clusterip check clusterip.toml", holds=("valid",)),
     "clusterip load": Run("empty", instead="clusterip load --config clusterip.toml", holds=("^loaded",)),
     "clusterip probe": Run("empty", holds=("engine bpf",)),
+    "clusterip resolve": Run("loaded", instead=f"clusterip resolve {SERVED}", holds=("reaches",)),
     "clusterip resolve VIP:PORT": Run("loaded", instead=f"clusterip resolve {SERVED}", holds=("reaches",)),
     "clusterip run": Run("empty", instead="clusterip run --config clusterip.toml", until="serving 2 services"),
+    "clusterip run --engine bpf":
+        Run("empty", instead="clusterip run --config clusterip.toml --engine bpf", until="serving 2 services"),
+    "clusterip run --engine userspace":
+        Run("empty", instead="clusterip run --config clusterip.toml --engine userspace", until="serving 2 services"),
     "clusterip status": Run("loaded", holds=("^SERVICE",)),
+    "clusterip status --pin DIR": Run("loaded", instead=f"clusterip status --pin {PIN}", holds=("^SERVICE",)),
     "clusterip trace": Run("loaded", until=r"-> 10\.244\.", meanwhile="connect"),
     "clusterip unload": Run("loaded", holds=("^unloaded",)),
     "clusterip unload --on-exit FILE":
