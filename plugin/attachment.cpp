@@ -89,17 +89,12 @@ Result<HookAttachment> HookAttachment::from_program(Hook hook, const Cgroup& cgr
   return attachment;
 }
 
-Result<void> HookAttachment::replace(const Fd& program) {
-  auto copy = duplicate(program);
-  if (!copy) {
-    return std::unexpected(copy.error());
-  }
+Result<Fd> HookAttachment::replace(Fd program) {
   if (link_) {
     if (bpf_link_update(link_.get(), program.get(), nullptr) != 0) {
       return fail_errno(errno, "exchanging the program");
     }
-    program_ = std::move(*copy);
-    return {};
+    return std::exchange(program_, std::move(program));
   }
   LIBBPF_OPTS(bpf_prog_attach_opts, options, .flags = BPF_F_ALLOW_MULTI | BPF_F_REPLACE,
               .replace_prog_fd = program_.get());
@@ -111,8 +106,7 @@ Result<void> HookAttachment::replace(const Fd& program) {
     }
     bpf_prog_detach2(program_.get(), cgroup_.get(), attach_type());
   }
-  program_ = std::move(*copy);
-  return {};
+  return std::exchange(program_, std::move(program));
 }
 
 Result<void> HookAttachment::detach() {
@@ -190,42 +184,39 @@ Result<void> Attachment::switch_to(const Cgroup& cgroup, const PerHook<Fd>& prog
       return undo(attached.error());
     }
   }
-  // What ran before, to go back to: connect4 last, since it tells a process that finds this half done where to go on.
-  std::vector<std::pair<Hook, Fd>> replaced;
-  const auto replace = [&](Hook hook) -> Result<void> {
-    HookAttachment& attachment = *hooks_[index_of(hook)];
-    auto old = duplicate(attachment.program());
-    if (!old) {
-      return std::unexpected(old.error());
-    }
-    replaced.reserve(replaced.size() + 1);
-    auto done = attachment.replace(programs[index_of(hook)]);
-    if (done) {
-      replaced.emplace_back(hook, std::move(*old));
-    }
-    return done;
-  };
-  const auto go_back = [&](Error error) {
-    while (!replaced.empty()) {
-      const auto& [hook, program] = replaced.back();
-      if (auto back = hooks_[index_of(hook)]->replace(program); !back) {
-        error.message += "; and what ran before could not be put back: " + back.error().message;
-      }
-      replaced.pop_back();
-    }
-    return undo(std::move(error));
-  };
-  auto done = is_attached() ? replace(Hook::connect4) : attach(Hook::connect4);
-  if (!done) {
-    return undo(done.error());
-  }
+  // Descriptors and memory first: between the exchanges nothing else may fail.
+  std::vector<std::pair<Hook, Fd>> fresh;
   for (const HookInfo& info : all_hooks) {
-    if (info.hook == Hook::connect4 || !programs[index_of(info.hook)] || !before.contains(info.hook)) {
+    if (!programs[index_of(info.hook)] || !before.contains(info.hook)) {
       continue;
     }
-    if (auto exchanged = replace(info.hook); !exchanged) {
-      return go_back(exchanged.error());
+    auto copy = duplicate(programs[index_of(info.hook)]);
+    if (!copy) {
+      return undo(copy.error());
     }
+    fresh.emplace_back(info.hook, std::move(*copy));
+  }
+  std::ranges::stable_partition(fresh, [](const auto& one) { return one.first == Hook::connect4; });
+  if (!is_attached()) {
+    if (auto attached = attach(Hook::connect4); !attached) {
+      return undo(attached.error());
+    }
+  }
+  // What ran before, to go back to: connect4 last, since it tells a process that finds this half done where to go on.
+  std::vector<std::pair<Hook, Fd>> old;
+  old.reserve(fresh.size());
+  for (auto& [hook, program] : fresh) {
+    auto replaced = hooks_[index_of(hook)]->replace(std::move(program));
+    if (replaced) {
+      old.emplace_back(hook, std::move(*replaced));
+      continue;
+    }
+    for (; !old.empty(); old.pop_back()) {
+      if (auto back = hooks_[index_of(old.back().first)]->replace(std::move(old.back().second)); !back) {
+        replaced.error().message += "; and what ran before could not be put back: " + back.error().message;
+      }
+    }
+    return undo(replaced.error());
   }
   return {};
 }

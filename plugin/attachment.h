@@ -24,13 +24,12 @@ class HookAttachment {
   static HookAttachment from_link(Hook hook, Fd link, Fd program);
   static Result<HookAttachment> from_program(Hook hook, const Cgroup& cgroup, const Fd& program);
 
-  /// Exchanges the program in place: every system call meets the old one or the new one.
-  Result<void> replace(const Fd& program);
+  /// Exchanges the program in place: every system call meets the old one or the new one. Returns the old one.
+  Result<Fd> replace(Fd program);
 
   Result<void> detach();
 
   const Fd& link() const { return link_; }  // empty without bpf_link
-  const Fd& program() const { return program_; }
 
   /// The cgroup that the link is attached to; 0 when that cgroup is gone (and the link does nothing any more).
   Result<std::uint64_t> cgroup_id() const;

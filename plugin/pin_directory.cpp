@@ -294,7 +294,7 @@ Result<void> PinDirectory::recover() {
 /// What Attachment::switch_to() would have done next: links that were there before get the program in next/.
 Result<void> PinDirectory::finish_exchange(Hook hook) const {
   const std::string next = path_ + "/" + next_name;
-  const Fd program(bpf_obj_get(program_path(next, hook).c_str()));
+  Fd program(bpf_obj_get(program_path(next, hook).c_str()));
   if (!program && errno != ENOENT) {
     return fail_errno(errno, "opening " + program_path(next, hook));
   }
@@ -305,9 +305,9 @@ Result<void> PinDirectory::finish_exchange(Hook hook) const {
   if (!attached) {
     return attached.error().code == -ENOENT ? Result<void>{} : std::unexpected(attached.error());
   }
-  auto replaced = attached->replace(program);
+  const auto replaced = attached->replace(std::move(program));
   // A link that somebody has detached is no use, and no reason to fail.
-  return replaced || replaced.error().code == -ENOLINK ? Result<void>{} : replaced;
+  return replaced || replaced.error().code == -ENOLINK ? Result<void>{} : std::unexpected(replaced.error());
 }
 
 /// -ENOENT: the pinned program of this hook is not attached, or there is none.
@@ -358,7 +358,10 @@ Result<Attachment> PinDirectory::attachment() const {
     const auto pinned =
         program ? program_id_of(program) : fail_errno(errno, "opening " + program_path(path_, info.hook));
     const auto running = attached->program_id();
-    if (!pinned || !running || *pinned != *running) {
+    if (!pinned || !running) {
+      return std::unexpected(pinned ? running.error() : pinned.error());
+    }
+    if (*pinned != *running) {
       return fail(-EPROTO, link_path(path_, info.hook) + " is not a link of " + program_path(path_, info.hook) +
                                ": somebody has changed these pins, remove them by hand");
     }

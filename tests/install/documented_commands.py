@@ -335,20 +335,16 @@ PROSE = {
     "clusterip check /etc/clusterip/clusterip.toml": Run("empty", holds=("valid",)),
     "clusterip load": Run("empty", instead="clusterip load --config clusterip.toml", holds=("^loaded",)),
     "clusterip probe": Run("empty", holds=("engine bpf",)),
-    "clusterip resolve":
-        Elsewhere("with each privilege and without", "tests/security/privileges_test.cpp", '{"clusterip resolve", {"resolve"'),
+    "clusterip resolve": Run("loaded", instead=f"clusterip resolve {SERVED}", holds=("reaches",)),
     "clusterip resolve VIP:PORT": Run("loaded", instead=f"clusterip resolve {SERVED}", holds=("reaches",)),
     "clusterip run": Run("empty", instead="clusterip run --config clusterip.toml", until="serving 2 services"),
     "clusterip run --engine bpf":
-        Elsewhere("with each privilege and without", "tests/security/privileges_test.cpp", '{"clusterip run --engine bpf", {"run"'),
+        Run("empty", instead="clusterip run --config clusterip.toml --engine bpf", until="serving 2 services"),
     "clusterip run --engine userspace":
-        Elsewhere("with each privilege and without", "tests/security/privileges_test.cpp", '{"run", "--config", "FILE", "--engine", "userspace"}'),
+        Run("empty", instead="clusterip run --config clusterip.toml --engine userspace", until="serving 2 services"),
     "clusterip status": Run("loaded", holds=("^SERVICE",)),
-    "clusterip status --pin DIR":
-        Elsewhere("with each privilege and without", "tests/security/privileges_test.cpp", '{"clusterip status --pin DIR", {"status"'),
+    "clusterip status --pin DIR": Run("loaded", instead=f"clusterip status --pin {PIN}", holds=("^SERVICE",)),
     "clusterip trace": Run("loaded", until=r"-> 10\.244\.", meanwhile="connect"),
-    "clusterip trace --pin DIR":
-        Elsewhere("with each privilege and without", "tests/security/privileges_test.cpp", '{"clusterip trace --pin DIR", {"trace"'),
     "clusterip unload": Run("loaded", holds=("^unloaded",)),
     "clusterip unload --on-exit FILE":
         Run("loaded", instead=f"clusterip unload --on-exit keep.toml && test -e {PIN}/sock4_connect && "

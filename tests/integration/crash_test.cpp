@@ -3,6 +3,7 @@
 // A process that changes the pinned state is killed at any moment: what serves goes on, and the next one repairs.
 #include <fmt/format.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 
 #include <algorithm>
 #include <array>
@@ -87,6 +88,27 @@ TEST_F(Crash, KilledWhilePublishingServesOnAndIsRepaired) {
   EXPECT_EQ(answers.size(), 1u) << testing::PrintToString(answers);
   EXPECT_TRUE(answers.contains("stable")) << testing::PrintToString(answers);
   EXPECT_TRUE(ok(Handle(plugin(), pinned()).detach()));
+}
+
+TEST_F(Crash, ServicesAreGoneBeforeTheFirstKeyIsDeleted) {
+  const NamedServer one("one");
+  const Service web{"web", "10.96.0.1", 80, {backend(one)}};
+  const Service gone{"gone", "10.96.0.2", 80, {backend(one)}};
+  EXPECT_EQ(in_child([&] {
+              Handle handle = serve(toml({web, gone}, {8, 16}), pinned());
+              die_at(SYS_bpf, BPF_MAP_DELETE_ELEM);
+              handle.load(toml({web}, {8, 16}));
+            }),
+            "ended by Bad system call");
+  EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one"));
+  EXPECT_EQ(ask("10.96.0.2", 80), refused_with(ENETUNREACH));
+  Handle adopter(plugin(), pinned());
+  const auto seen = adopter.visit();
+  ASSERT_EQ(seen.size(), 1u);
+  EXPECT_EQ(seen[0].name, "web");
+  ASSERT_TRUE(ok(adopter.load(toml({web}, {8, 16}))));
+  EXPECT_EQ(ask("10.96.0.2", 80), refused_with(ENETUNREACH));
+  EXPECT_TRUE(ok(adopter.detach()));
 }
 
 TEST_F(Crash, KilledWhileReplacingTheMapsServesOnAndIsRepaired) {

@@ -491,6 +491,34 @@ TEST_F(Pin, DamagedWordIsSkippedAndTheNextLoadHealsIt) {
   }
 }
 
+TEST_F(Pin, KeyThatLeadsToAnotherServicesRecordIsNotFollowed) {
+  // What a reader sees when the kernel uses a hash element again under it.
+  const NamedServer one("one"), two("two");
+  Handle handle =
+      serve(toml({{"a", "10.96.0.1", 80, {backend(one)}}, {"b", "10.96.0.1", 81, {backend(two)}}}), pinned());
+  const Fd map = pinned_map(pin(), "Service_Map");
+  const auto key_of = [](std::uint16_t port) {
+    service_key key{};
+    key.address[2] = htonl(0xffff);
+    key.address[3] = htonl(0x0a600001);
+    key.port = htons(port);
+    key.protocol = IPPROTO_TCP;
+    return key;
+  };
+  const service_key a = key_of(80), b = key_of(81);
+  std::uint32_t record = 0;
+  bpf_attr attr{};
+  attr.map_fd = static_cast<std::uint32_t>(map.get());
+  attr.key = reinterpret_cast<std::uint64_t>(&b);
+  attr.value = reinterpret_cast<std::uint64_t>(&record);
+  ASSERT_EQ(bpf(BPF_MAP_LOOKUP_ELEM, attr), 0);
+  attr.key = reinterpret_cast<std::uint64_t>(&a);
+  ASSERT_EQ(bpf(BPF_MAP_UPDATE_ELEM, attr), 0);
+  EXPECT_EQ(ask("10.96.0.1", 80), refused_with(ECONNREFUSED));
+  EXPECT_EQ(ask("10.96.0.1", 81), answered_by("two"));
+  EXPECT_TRUE(ok(handle.detach()));
+}
+
 TEST_F(Pin, SlotThatLeadsToAForeignBackendIsHealedByTheNextLoad) {
   const NamedServer one("one", "127.0.0.1"), two("two", "127.0.0.2"), foreign("foreign", "127.0.0.3");
   // Unequal weights, so that both the column and its alias are drawn.

@@ -2,6 +2,7 @@
 //
 // Changes of what serves: all of them, or none.
 #include <fmt/format.h>
+#include <linux/membarrier.h>
 #include <sys/syscall.h>
 
 #include <algorithm>
@@ -289,12 +290,29 @@ TEST_F(Reload, ChangesThatFailTakeNoRoom) {
   const NamedServer one("one"), two("two");
   EXPECT_EQ(in_child([&] {
               const Service web{"web", "10.96.0.1", 80, {backend(one)}};
-              Handle handle = serve(toml({web}, {8, 8}));
+              Handle handle = serve(toml({web}, {8, 64}));
               forbid({{SYS_bpf, BPF_MAP_UPDATE_BATCH, ENOMEM}, {SYS_bpf, BPF_MAP_UPDATE_ELEM, ENOMEM}});
-              const std::string more = toml({web, {"new", "10.96.0.2", 80, {backend(two)}}}, {8, 8});
-              for (int i = 0; i < 100; ++i) require(handle.load(more).code == -ENOMEM, "a key was inserted");
+              std::vector<Backend> many;
+              for (int i = 1; i <= 20; ++i) many.push_back({"127.0.5." + std::to_string(i), two.port()});
+              const std::string more = toml({web, {"new", "10.96.0.2", 80, many}}, {8, 64});
+              for (int i = 0; i < 150; ++i) require(handle.load(more).code == -ENOMEM, "a key was inserted");
               require_ok(handle.set_backends("web", {backend(two)}));
               require(ask("10.96.0.1", 80) == answered_by("two"), "not served");
+            }),
+            "");
+}
+
+TEST_F(Reload, RoomIsUsedAgainOnlyAfterAGracePeriod) {
+  const NamedServer one("one"), two("two");
+  EXPECT_EQ(in_child([&] {
+              Handle handle = serve(toml({{"web", "10.96.0.1", 80, {backend(one)}}}, {8, 8}));
+              forbid({{SYS_membarrier, MEMBARRIER_CMD_GLOBAL, EPERM}});
+              Outcome outcome;
+              for (int i = 0; i < 20000 && outcome.code == 0; ++i)
+                outcome = handle.set_backends("web", {backend(i % 2 == 0 ? two : one)});
+              require(outcome.code == -EPERM, "what was replaced is used again, and nobody has waited");
+              require(outcome.message.contains("membarrier"), outcome.message);
+              require(ask("10.96.0.1", 80).error == 0, "not served");
             }),
             "");
 }

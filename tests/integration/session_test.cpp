@@ -308,12 +308,14 @@ TEST_F(Session, IndexOfABackendThatLeftIsNobodyElsesWhileConnectionsCountThere) 
   const auto backends = [&](int round) {
     std::vector<Backend> result;
     for (int i = 1; i <= 4; ++i)
-      result.push_back({"127.0." + std::to_string(round) + "." + std::to_string(i), all.port()});
+      result.push_back(
+          {"127." + std::to_string(1 + round / 250) + "." + std::to_string(round % 250) + "." + std::to_string(i),
+           all.port()});
     return result;
   };
   Handle handle = serve(toml({{"web", "10.96.0.1", 80, backends(1), "refuse", "policy = \"least_conn\"\n"}}, {8, 16}));
   Fd held = dial("10.96.0.1", 80);
-  for (int round = 2; round < 60; ++round) ASSERT_TRUE(ok(handle.set_backends("web", backends(round))));
+  for (int round = 2; round < 700; ++round) ASSERT_TRUE(ok(handle.set_backends("web", backends(round))));
   EXPECT_EQ(handle.visit().at(0).live, 0u) << "of those that it has now";
   held.reset();
   std::vector<Fd> open;

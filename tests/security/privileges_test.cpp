@@ -43,7 +43,7 @@ const std::vector<Command> commands = {
     {"clusterip unload", {"unload", "--pin", "PIN"}, of_bpf, exit_4},
     {"clusterip status --pin DIR", {"status", "--pin", "PIN"}, of_bpf, exit_4},
     {"clusterip resolve", {"resolve", "VIP", "--pin", "PIN"}, of_bpf, exit_4},
-    {"clusterip trace --pin DIR", {"trace", "--pin", "PIN", "--count", "1"}, of_bpf, exit_4},
+    {"clusterip trace, of pins", {"trace", "--pin", "PIN", "--count", "1"}, of_bpf, exit_4},
     {"clusterip run --engine bpf", {"run", "--config", "FILE", "--engine", "bpf"}, of_bpf, exit_4, Ends::when_told},
     {"clusterip run --engine userspace",
      {"run", "--config", "FILE", "--engine", "userspace"},
@@ -74,13 +74,19 @@ std::string name_of(unsigned capability) {
   }
 }
 
+/// As code, up to a comma.
+std::string shown(const Command& command) {
+  const auto comma = command.shown.find(',');
+  return "`" + command.shown.substr(0, comma) + "`" + (comma == std::string::npos ? "" : command.shown.substr(comma));
+}
+
 std::string as_markdown() {
   std::string text = "| command | needs | without |\n| --- | --- | --- |\n";
   for (const auto* table : {&commands, &of_the_service}) {
     for (const Command& command : *table) {
       std::string needs;
       for (const unsigned capability : command.needs) needs += (needs.empty() ? "" : ", ") + name_of(capability);
-      text += "| `" + command.shown + "` | " + (needs.empty() ? "nothing" : needs) + " | " + command.without + " |\n";
+      text += "| " + shown(command) + " | " + (needs.empty() ? "nothing" : needs) + " | " + command.without + " |\n";
     }
   }
   return text;

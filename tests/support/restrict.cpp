@@ -34,7 +34,9 @@ void install(std::vector<sock_filter>& filter) {
 
 }  // namespace
 
-void forbid(const std::vector<Forbidden>& calls) {
+namespace {
+
+void install_for(const std::vector<Forbidden>& calls, bool dies) {
   std::vector<sock_filter> filter;
   for (const Forbidden& call : calls) {
     filter.push_back(statement(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)));
@@ -44,11 +46,18 @@ void forbid(const std::vector<Forbidden>& calls) {
       filter.push_back(statement(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, args)));
       filter.push_back(skip_unless_equal(*call.command, 1));
     }
-    filter.push_back(statement(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | static_cast<std::uint32_t>(call.error)));
+    filter.push_back(statement(
+        BPF_RET | BPF_K, dies ? SECCOMP_RET_KILL_PROCESS : SECCOMP_RET_ERRNO | static_cast<std::uint32_t>(call.error)));
   }
   filter.push_back(statement(BPF_RET | BPF_K, SECCOMP_RET_ALLOW));
   install(filter);
 }
+
+}  // namespace
+
+void forbid(const std::vector<Forbidden>& calls) { install_for(calls, false); }
+
+void die_at(long system_call, std::uint32_t command) { install_for({{system_call, command, 0}}, true); }
 
 void forbid_watching_from(std::uint32_t descriptor) {
   const auto argument = [](std::size_t index) {

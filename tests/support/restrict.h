@@ -20,6 +20,9 @@ struct Forbidden {
 
 void forbid(const std::vector<Forbidden>& calls);
 
+/// The process is killed when it makes this call with this first argument: "ended by Bad system call".
+void die_at(long system_call, std::uint32_t command);
+
 /// No descriptor from this one on can be added to an epoll: ENOSPC, as beyond fs.epoll.max_user_watches, which is the
 /// whole machine's.
 void forbid_watching_from(std::uint32_t descriptor);
