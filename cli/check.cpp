@@ -63,6 +63,8 @@ std::vector<std::string> warnings_about(std::string_view text, const std::string
     if (service.mark != 0)
       warn("mark",
            "what a rule for this mark keeps from a sidecar also bypasses its mTLS, authorization and telemetry");
+    if (const std::string vip = service.vip.to_string(); vip == "127.0.0.1" || vip == "::1")
+      warn("vip", "connects to every other port of it are refused, those to local servers included");
     const bool is_proxied = config->engine.mode == config::EngineMode::userspace ||
                             service.engine == config::EngineMode::userspace ||
                             service.proxy_protocol != config::ProxyProtocol::none;

@@ -865,9 +865,11 @@ Result<CanaryResult> BpfEngine::canary() {
   }
   // Whichever of two was attached first decides, and the canary would not know whom it has met.
   if (const auto other = pins_ ? pins_->neighbour_of(id) : std::nullopt; other) {
-    return fail(-EEXIST, "another fast path is attached to " + path +
-                             " as well, and decides what it knows: remove it " + "(`clusterip unload --pin " + *other +
-                             "`)");
+    return fail(-EEXIST,
+                "another fast path is attached to " + path +
+                    " as well, and whichever was attached first decides: remove one (this is the other: `clusterip "
+                    "unload --pin " +
+                    *other + "`)");
   }
   auto seen = run_canary(*cgroup);
   // It sees sock4_connect at work; of the others, whether they are attached. Their links are gone with their pins.

@@ -230,7 +230,7 @@ Result<void> PinDirectory::lock() {
     }
     if (flock(directory.get(), LOCK_EX | LOCK_NB) != 0) {
       const int error = errno;
-      return error == EWOULDBLOCK ? fail(-EBUSY, path_ + " is in use by another process")
+      return error == EWOULDBLOCK ? fail(-EBUSY, path_ + " is in use by another process (fuser " + path_ + " names it)")
                                   : fail_errno(error, "locking " + path_);
     }
     // The former writer may have removed the directory between our open() and flock().

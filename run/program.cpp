@@ -192,7 +192,10 @@ class Program {
     if (mode_ == EngineMode::bpf || why.exit != cli::Exit::unsupported) return std::unexpected(why);
     fast_.reset();
     no_fast_path_ = why.message;
-    spdlog::warn("no fast path, the userspace engine carries all services: {}", why.message);
+    const std::string& cgroup = in_force_.engine.cgroup;
+    spdlog::warn("no fast path, the userspace engine carries all services{}: {}",
+                 cgroup.empty() ? "" : ", for every process of this machine and not only for those of the cgroup",
+                 why.message);
     return {};
   }
 

@@ -199,13 +199,14 @@ BLOCKS = {
             Run(instead="python3 -m http.server --bind 127.0.0.1 --directory two 9002 >/dev/null 2>&1 & "
                         "for port in 9001 9002; do curl -s --retry 30 --retry-connrefused 127.0.0.1:$port/name; done",
                 holds=("one", "two")),
+        "until curl -s 127.0.0.1:9001/name && curl -s 127.0.0.1:9002/name; do sleep 0.2; done": Run(exact=True),
         "sudo mkdir /sys/fs/cgroup/trial": Run(instead=f"test -d {TRIAL}"),
         "sudo clusterip load --config config/trial.toml": Run(exact=True),
         "sudo sh -c 'echo $$ >/sys/fs/cgroup/trial/cgroup.procs; for i in $(seq 40); do curl -s http://10.96.0.10/name; done "
         "| sort | uniq -c'": Run(exact=True),
         "sudo clusterip resolve 10.96.0.10:80": Run(holds=("127.0.0.1:900[12], one of 2 active backends",)),
         "sudo clusterip unload": Run(exact=True),
-        "sudo rmdir /sys/fs/cgroup/trial": Run(instead=f"mkdir {TRIAL}/x && rmdir {TRIAL}/x"),
+        "sudo rmdir /sys/fs/cgroup/trial; kill %1 %2; rm -r /tmp/one /tmp/two": Run(instead=f"mkdir {TRIAL}/x && rmdir {TRIAL}/x"),
         "sudo clusterip run --config /etc/clusterip/clusterip.toml": Run("empty", until=r"serving 2 services"),
         "sudo clusterip load --config /etc/clusterip/clusterip.toml":
             Run("empty", instead="sudo clusterip load --config config/clusterip.toml",
@@ -356,6 +357,7 @@ PROSE = {
     "fallback_proxy --take-over":
         Run("proxy", instead="fallback_proxy --config clusterip.toml --take-over", until="has ended"),
     "find /sys/fs/cgroup -type d": Run("empty", holds=(f"^{TRIAL}$",)),
+    "findmnt -t bpf": Run("empty", holds=("^/sys/fs/bpf .*bpf",)),
     "findmnt -t cgroup2": Run("empty", holds=(f"^{CGROUPS} .*cgroup2",)),
     "fuser DIR": Run("service", instead=f"fuser {PIN}", holds=(r"\d",)),
     "ip addr add VIP/32 dev lo":
@@ -369,6 +371,7 @@ PROSE = {
     "ip route flush": Run("proxy", instead="ip route flush table local proto 96"),
     "ip route get BACKEND": Run("empty", instead="ip route get 10.244.209.27", holds=("dev lo",)),
     "ip route get VIP": Run("proxy", instead="ip route get 10.96.96.96", holds=("^local 10.96.96.96",)),
+    "ip route show table local proto 96": Run("proxy killed", holds=("^local 10.96.96.96",)),
     "ip route show table local X": Run("proxy", instead="ip route show table local 10.96.96.96", holds=("proto 96",)),
     "journalctl -u clusterip": Elsewhere("it takes systemd", GUEST, "journalctl -u clusterip"),
     "mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2":

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <set>
 #include <string>
 #include <thread>
@@ -37,7 +38,10 @@ const Clock::time_point start = Clock::now();
 class Choosing : public testing::Test {
  protected:
   Choosing() {
-    state_->report = [this](spdlog::level::level_enum, const std::string& line) { log_.push_back(line); };
+    state_->report = [this](spdlog::level::level_enum, const std::string& line) {
+      const std::scoped_lock lock(mutex_);  // of what several threads report
+      log_.push_back(line);
+    };
   }
 
   config::Service settings(std::size_t count) {
@@ -75,6 +79,7 @@ class Choosing : public testing::Test {
   const SocketAddress client_{make_address("127.0.0.1"), 50000};
   const std::shared_ptr<ServiceState> state_ = std::make_shared<ServiceState>();
   std::vector<BackendPointer> backends_;
+  std::mutex mutex_;
   std::vector<std::string> log_;
   Random random_{1};
 };
