@@ -77,7 +77,8 @@ bool is_left_out(const config::Service& service) { return service.engine == conf
 constexpr const char* mode_userspace = "engine.mode is \"userspace\"";
 
 std::string refusal_of(const config::Service& service, const std::string& reason) {
-  return "service \"" + service.name + "\": " + reason + "; the userspace engine (clusterip run) can carry it";
+  return "service \"" + service.name + "\": " + reason +
+         "; the userspace engine can carry it (clusterip run, by mode = \"auto\")";
 }
 
 bool wants_eject(std::span<const PublishedService> published) {

@@ -139,7 +139,9 @@ TEST_F(OlderKernel, ServiceThatNeedsMoreIsRefusedByName) {
                                  require(outcome.code == -EOPNOTSUPP, std::to_string(outcome.code));
                                  require_contains(outcome.message, "service \"needy\": ");
                                  require_contains(outcome.message, row.reason);
-                                 require_contains(outcome.message, "the userspace engine (clusterip run) can carry it");
+                                 require_contains(
+                                     outcome.message,
+                                     "the userspace engine can carry it (clusterip run, by mode = \"auto\")");
                                  require_ok(handle.attach());
                                  require(ask("10.96.0.1", 80) == refused_with(ENETUNREACH), "a part of it is served");
                                }),
