@@ -99,6 +99,26 @@ class Scenario(unittest.TestCase):
         self.assertRegex(self.refused_reload(), r'services\.toml:6:1: .*polcy.*did you mean "policy"')
         self.answers_come_from("backend1", "backend2")
 
+    def test_odd_files_are_refused(self):
+        self.file.unlink()
+        self.refused_reload_says("No such file")
+        os.mkfifo(self.file)
+        self.refused_reload_says("expected a regular file")
+        self.answers_come_from("backend1", "backend2")
+        self.configure(services(backend3=1))
+        self.reload()
+        self.answers_come_from("backend3")
+
+    def detach_behind_its_back(self):
+        for kind, number in stage.bpf_ids(self.pid):
+            if kind == "link":
+                run("bpftool", "link", "detach", "id", number)
+        self.assertEqual(self.cgroup.attached(), [])
+
+    def test_reload_says_that_nothing_is_attached_any_more(self):
+        self.detach_behind_its_back()
+        self.refused_reload_says("was not rewritten")
+
     def test_end_leaves_nothing(self):
         self.assertIn("sock4_connect", "".join(self.cgroup.attached()))
         held = stage.bpf_ids(self.pid)
@@ -168,6 +188,17 @@ class Nginx(Scenario):
         self.assertEqual(stage.children(self.pid), workers)
         return tested.stderr
 
+    def refused_reload_says(self, words):
+        os.kill(self.pid, signal.SIGHUP)
+        wait_for(words, lambda: words in self.log())
+
+    def test_reload_says_that_nothing_is_attached_any_more(self):
+        """And attaches anew."""
+        super().test_reload_says_that_nothing_is_attached_any_more()
+        wait_for("it is attached anew", self.cgroup.attached)
+        self.answers_come_from("backend1", "backend2")
+        self.assertEqual(stage.threads(self.pid), 2)
+
     def check_counters(self, answers):
         shown = lambda: run("curl", "-s", self.url + "status").stdout
         total = lambda: sum(map(int, re.findall(r"backend .* connects (\d+) ", shown())))
@@ -194,6 +225,7 @@ class Nginx(Scenario):
         conf.write_text(re.sub(r"^ *clusterip /.*$", "", conf.read_text(), flags=re.M))
         self.reload()
         self.assertEqual((self.cgroup.attached(), stage.threads(self.pid)), ([], 1))
+        self.assertEqual(run("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", self.url + "status").stdout, "503")
         self.write_conf()
         self.reload()
         self.answers_come_from("backend1", "backend2")
@@ -223,12 +255,24 @@ class Nginx(Scenario):
         self.pid = new
         self.answers_come_from("backend1", "backend2")
 
-    def test_workers_hold_nothing_that_changes_services(self):
+    def test_workers_hold_nothing_of_it(self):
         for worker in stage.children(self.pid):
-            self.assertEqual({kind for kind, _ in stage.bpf_ids(worker)} - {"link", "prog"}, set())
-            self.assertNotIn("anon_inode:bpf-prog", stage.descriptors(worker))
+            self.assertEqual(stage.bpf_ids(worker), set())
+            self.assertNotIn("bpf", " ".join(stage.descriptors(worker)))
             self.assertNotIn("bpf-map", pathlib.Path(f"/proc/{worker}/maps").read_text())
         self.assertIn("bpf-map", pathlib.Path(f"/proc/{self.pid}/maps").read_text())
+
+    def test_killed_master_ends_it(self):
+        (worker,) = stage.children(self.pid)
+        self.assertNotEqual(self.cgroup.attached(), [])
+        os.kill(self.pid, signal.SIGKILL)
+        self.pid = None
+        try:
+            wait_for("nothing is attached", lambda: not self.cgroup.attached())
+            self.assertTrue(pathlib.Path(f"/proc/{worker}").exists())
+        finally:
+            os.kill(worker, signal.SIGKILL)
+            wait_for("the worker has ended", lambda: not pathlib.Path(f"/proc/{worker}").exists())
 
 
 class Haproxy(Scenario):
@@ -281,6 +325,23 @@ backend back
         self.assertRegex(checked.stderr, r"services\.toml:6:1: ")
         return self.command("clusterip reload")
 
+    def refused_reload_says(self, words):
+        self.assertIn(words, self.command("clusterip reload"))
+
+    def test_reload_starts_what_could_not_start(self):
+        self.stop()
+        later = self.cgroup.path / "later"
+        self.conf.write_text(self.conf.read_text().replace("global\n", f"global\n    setenv CLUSTERIP_CGROUP {later}\n"))
+        run("haproxy", "-D", "-f", self.conf)
+        self.pid = int((self.directory.path / "haproxy.pid").read_text())
+        self.refused_reload_says(str(later))
+        later.mkdir()
+        self.addCleanup(later.rmdir)
+        self.addCleanup(self.end_if_it_runs)
+        self.reload()
+        self.assertIn("service web ", self.command("show clusterip"))
+        self.assertIn("sock4_connect", run("bpftool", "cgroup", "show", later).stdout)
+
     def test_reload_of_haproxy_itself(self):
         """Another worker, with a handle of its own, which is attached beside that of the old one."""
         self.stop()
@@ -326,6 +387,24 @@ class Program(Scenario):
         self.process.send_signal(signal.SIGHUP)
         self.hears("services.toml:")
         return self.said.read_text()
+
+    def refused_reload_says(self, words):
+        self.process.send_signal(signal.SIGHUP)
+        self.hears(words)
+
+    def test_bad_start_is_one_line(self):
+        """In a cgroup namespace with something else where the hierarchy is, a process is in a root without cgroup.type."""
+        root = ("unshare", "--cgroup", "--mount", "sh", "-c", f'mount -t tmpfs none {stage.cgroup_mount()} && exec "$@"', "sh")
+        for status, words, *command in ((2, "usage: ", *self.command()),
+                                        (1, "cannot open", *self.command(), "/nowhere/libclusterip.so.1", self.file),
+                                        (1, "clusterip_abi_version", *self.command(), "libm.so.6", self.file),
+                                        (1, "No such file", *self.command(), stage.PLUGIN, "/nowhere/services.toml"),
+                                        (1, "this process is in the root cgroup: name one",
+                                         *root, *self.command(), stage.PLUGIN, self.file)):
+            with self.subTest(words):
+                done = run(*command, check=False)
+                self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (status, "", 1), done.stderr)
+                self.assertIn(words, done.stderr)
 
 
 class C(Program):

@@ -6,12 +6,9 @@
  */
 #define _GNU_SOURCE
 
-#include <errno.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdlib.h>
 #include <sys/signalfd.h>
-#include <unistd.h>
 
 #include "clusterip_plugin.h"
 
@@ -43,21 +40,20 @@ static void on_mistake(const clusterip_error *mistake, void *path)
 static int load(clusterip *handle, const char *path)
 {
 	clusterip_error error = { .size = sizeof error };
-	static char text[1 << 20];
-	size_t length = 0;
-	FILE *file = fopen(path, "re");
+	const char *why;
+	size_t length;
+	char *text = clusterip_read_file(path, &length, &why);
+	int code;
 
-	if (file) {
-		length = fread(text, 1, sizeof text, file);
-		fclose(file);
-	}
-	if (!file || length == sizeof text) {
-		fprintf(stderr, "%s: cannot be read, or is larger than this host's buffer\n", path);
+	if (!text) {
+		fprintf(stderr, "%s: %s\n", path, why);
 		return -1;
 	}
 	/* load_text tells the first mistake, check_text each of them. */
-	if (plugin.check_text(text, length, path, on_mistake, (void *)path)) return -1;
-	return plugin.load_text(handle, text, length, path, &error) ? -fail("load", &error) : 0;
+	code = plugin.check_text(text, length, path, on_mistake, (void *)path);
+	if (!code && (code = plugin.load_text(handle, text, length, path, &error))) fail("load", &error);
+	free(text);
+	return code ? -1 : 0;
 }
 
 int main(int argc, char **argv)
@@ -71,7 +67,10 @@ int main(int argc, char **argv)
 	const char *why;
 	int code, events, signal_fd;
 
-	if (argc != 3 && argc != 4) return 2;
+	if (argc != 3 && argc != 4) {
+		fprintf(stderr, "usage: host PLUGIN FILE [CGROUP]\n");
+		return 2;
+	}
 	setvbuf(stdout, NULL, _IOLBF, 0);
 
 	/* 1. The library, and whether it is one for this host: another major version of the ABI is refused. */
@@ -82,8 +81,8 @@ int main(int argc, char **argv)
 	}
 
 	/* 2. Whose connects. A host has a reason to touch those of others, or it stays with its own. */
-	if (argc == 3 && clusterip_own_cgroup(own_cgroup, sizeof own_cgroup)) {
-		fprintf(stderr, "host: no cgroup v2 here\n");
+	if (argc == 3 && (why = clusterip_own_cgroup(own_cgroup, sizeof own_cgroup))) {
+		fprintf(stderr, "host: %s\n", why);
 		return 1;
 	}
 	options.cgroup_path = argc == 4 ? argv[3] : own_cgroup;
@@ -116,7 +115,12 @@ int main(int argc, char **argv)
 		if (!wait[0].revents) continue;
 		if (read(signal_fd, &got, sizeof got) != sizeof got || got.ssi_signo != SIGHUP) break;
 		/* The same handle: a service that the new file has, too, is there at every moment. */
-		if (load(handle, argv[2]) == 0) printf("reloaded\n");
+		if (load(handle, argv[2])) continue;
+		/* A load does not see that what was attached is gone. */
+		if (plugin.canary(handle, NULL, &error))
+			fail("canary", &error);
+		else
+			printf("reloaded\n");
 	}
 
 	/* 6. Take it away. Without pins, close alone does that as well, and so does the end of the process, however it comes. */

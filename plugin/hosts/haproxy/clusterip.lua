@@ -24,10 +24,8 @@ local handle, problem = nil, "not attached yet"
 
 -- The text of the file, which has no mistake; or nil, and what is wrong.
 local function judged()
-    local input, why = io.open(file, "rb")
-    if not input then return nil, why .. "\n" end
-    local text = input:read("a")
-    input:close()
+    local text, why = clusterip.read(file)
+    if not text then return nil, why .. "\n" end
     local mistakes = clusterip.check(text, file)
     if mistakes then return nil, mistakes end
     return text
@@ -39,6 +37,7 @@ local function start(text)
     local done
     done, why = opened:load(text, file)
     if done then done, why = opened:attach() end
+    if done then done, why = opened:canary() end
     if not done then
         opened:close()
         return why
@@ -48,11 +47,16 @@ end
 
 -- All of the file, or nothing of it: what has served serves on when this fails.
 local function reload()
-    if not handle then return problem .. "\n" end
     local text, why = judged()
     if not text then return why end
     local done
-    done, why = handle:load(text, file)
+    if handle then
+        done, why = handle:load(text, file)
+        if done then done, why = handle:canary() end  -- a load does not see that what was attached is gone
+    else
+        problem = start(text)
+        done, why = not problem, problem
+    end
     return done and "reloaded\n" or why .. "\n"
 end
 
@@ -76,6 +80,7 @@ local first, mistakes = judged()
 if not first then error("\n" .. mistakes) end  -- refuses the configuration: `haproxy -c`, a start, a reload
 
 core.register_task(function()
+    if handle then return end  -- somebody was quicker, and asked for a reload
     problem = start(first)
     if problem then core.Alert("clusterip: " .. problem) end
 end)

@@ -36,10 +36,14 @@ typedef struct {
 	ngx_str_t text; /* of the file, as it was judged */
 } ngx_clusterip_conf_t;
 
-/* The counters as text, for the workers. `changes` is odd while the text is being written. */
+/*
+ * The counters as text, for the workers. `changes` is odd while the text is being written. Workers could write here, too: the
+ * master reads nothing of it.
+ */
 typedef struct {
 	atomic_uint changes;
-	char text[65536 - sizeof(atomic_uint)];
+	atomic_uint attached; /* 0: there is no handle, and no text */
+	char text[65536 - 2 * sizeof(atomic_uint)];
 } ngx_clusterip_page_t;
 
 /* The fast path of this nginx, in the process that owns it. It outlives each cycle but the last. */
@@ -53,7 +57,7 @@ static struct {
 	pthread_cond_t stop;
 	int reporting, stopping;
 	pthread_t reporter;
-} fast_path = { .mutex = PTHREAD_MUTEX_INITIALIZER, .stop = PTHREAD_COND_INITIALIZER };
+} fast_path = { .mutex = PTHREAD_MUTEX_INITIALIZER };
 
 static ngx_clusterip_page_t *page;
 
@@ -61,8 +65,11 @@ extern ngx_module_t ngx_clusterip_module;
 
 /* --- the counters ------------------------------------------------------------------------------------------------------- */
 
+static const char cut[] = "# cut\n"; /* the last line, when not everything fits */
+
 struct report {
 	char *at, *end;
+	int cut;
 };
 
 static void say(struct report *report, const char *format, ...)
@@ -73,7 +80,7 @@ static void say(struct report *report, const char *format, ...)
 	va_end(arguments);
 	/* What does not fit ends with the last whole line. */
 	if (length < 0 || length >= report->end - report->at)
-		report->end = report->at, *report->at = '\0';
+		report->end = report->at, report->cut = 1;
 	else
 		report->at += length;
 }
@@ -95,15 +102,28 @@ static int report_service(const clusterip_service_info *service, const clusterip
 	return 0;
 }
 
+/* The caller has the mutex, or there is no reporter. */
+static void publish(const char *text, size_t length, unsigned attached)
+{
+	static unsigned changes;
+
+	atomic_store(&page->changes, ++changes);
+	atomic_thread_fence(memory_order_seq_cst);
+	ngx_memcpy(page->text, text, length);
+	page->text[length] = '\0';
+	atomic_store(&page->attached, attached);
+	atomic_store(&page->changes, ++changes);
+}
+
 /* The caller has the mutex. */
 static void report(void)
 {
-	struct report report = { page->text, page->text + sizeof page->text };
+	static char text[sizeof page->text];
+	struct report report = { text, text + sizeof text - sizeof cut, 0 };
 
-	atomic_fetch_add(&page->changes, 1);
-	*report.at = '\0';
 	fast_path.plugin.visit_services(fast_path.handle, report_service, &report, NULL);
-	atomic_fetch_add(&page->changes, 1);
+	if (report.cut) report.at = (char *)ngx_cpymem(report.at, cut, sizeof cut - 1);
+	publish(text, (size_t)(report.at - text), 1);
 }
 
 static void *reporter(void *unused)
@@ -114,7 +134,7 @@ static void *reporter(void *unused)
 	pthread_mutex_lock(&fast_path.mutex);
 	while (!fast_path.stopping) {
 		report();
-		clock_gettime(CLOCK_REALTIME, &until);
+		clock_gettime(CLOCK_MONOTONIC, &until);
 		++until.tv_sec;
 		pthread_cond_timedwait(&fast_path.stop, &fast_path.mutex, &until);
 	}
@@ -170,7 +190,7 @@ static ngx_int_t open_loaded(const struct clusterip_plugin *plugin, ngx_clusteri
 	return NGX_OK;
 }
 
-/* Detach says it to the kernel: descriptors of the links may live on in workers that are still serving. */
+/* Detach says it to the kernel: a worker that has only just been forked may have the links yet. */
 static void end_fast_path(void)
 {
 	if (!fast_path.handle) return;
@@ -179,7 +199,7 @@ static void end_fast_path(void)
 	fast_path.plugin.close(fast_path.handle);
 	clusterip_plugin_unload(&fast_path.plugin);
 	fast_path.handle = NULL;
-	page->text[0] = '\0';
+	publish("", 0, 0);
 }
 
 /* A fast path for the cgroup of this configuration; an old one, for another, ends when the new one is attached. */
@@ -204,6 +224,8 @@ static ngx_int_t begin_fast_path(ngx_clusterip_conf_t *conf, ngx_log_t *log)
 		clusterip_plugin_unload(&plugin);
 		return failed(log, conf, "attach", &error);
 	}
+	/* What does not work is said. It may yet: another fast path on the same cgroup may decide first until that ends. */
+	if (plugin.canary(handle, NULL, &error)) (void)failed(log, conf, "canary", &error);
 	end_fast_path();
 	fast_path.plugin = plugin;
 	fast_path.handle = handle;
@@ -216,14 +238,18 @@ static ngx_int_t begin_fast_path(ngx_clusterip_conf_t *conf, ngx_log_t *log)
 static ngx_int_t change_services(ngx_clusterip_conf_t *conf, ngx_log_t *log)
 {
 	clusterip_error error = { .size = sizeof error };
-	int code;
+	int loaded, seen = 0;
 
 	pthread_mutex_lock(&fast_path.mutex);
-	code = fast_path.plugin.load_text(fast_path.handle, (char *)conf->text.data, conf->text.len,
-	                                  (char *)conf->file.data, &error);
+	loaded = fast_path.plugin.load_text(fast_path.handle, (char *)conf->text.data, conf->text.len,
+	                                    (char *)conf->file.data, &error);
+	if (!loaded) seen = fast_path.plugin.canary(fast_path.handle, NULL, &error);
 	report();
 	pthread_mutex_unlock(&fast_path.mutex);
-	return code ? failed(log, conf, "load", &error) : NGX_OK;
+	if (loaded) return failed(log, conf, "load", &error);
+	if (seen) (void)failed(log, conf, "canary", &error);
+	/* What was attached is gone, or its cgroup is: a load does not see that, and another handle attaches anew. */
+	return seen == -ENOTCONN ? begin_fast_path(conf, log) : seen ? NGX_ERROR : NGX_OK;
 }
 
 /* Makes what serves that of this cycle's configuration. On failure, what has served serves on, as the cycle's own. */
@@ -268,12 +294,16 @@ static void end_cycle(void *cycle)
 static ngx_int_t init_module(ngx_cycle_t *cycle)
 {
 	static int prepared;
+	pthread_condattr_t monotonic;
 	ngx_pool_cleanup_t *cleanup;
 
 	if (ngx_test_config) return NGX_OK;
 	if (!prepared) {
 		page = mmap(NULL, sizeof *page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 		if (page == MAP_FAILED || pthread_atfork(before_fork, NULL, NULL)) return NGX_ERROR;
+		if (pthread_condattr_init(&monotonic) || pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC) ||
+		    pthread_cond_init(&fast_path.stop, &monotonic))
+			return NGX_ERROR;
 		prepared = 1;
 	}
 	/* The pool ends what it was asked last first: this, before it unloads this module. */
@@ -295,18 +325,23 @@ static ngx_int_t init_process(ngx_cycle_t *cycle)
 
 	if (ngx_process == NGX_PROCESS_SINGLE) return serve(cycle);
 	/*
-	 * Maps and programs of the master's handle are none of a worker's business: whoever took it over could change services.
-	 * It keeps the links, so that what is attached lasts if the master is killed, as long as somebody serves.
+	 * What the master's handle has is none of a worker's business: whoever took it over could change services by the maps, and
+	 * detach by the links. So what is attached ends with the master, also if that is killed.
 	 */
 	directory = opendir("/proc/self/fd");
-	while (directory && (entry = readdir(directory))) {
+	if (!directory) {
+		ngx_log_error(NGX_LOG_EMERG, cycle->log, ngx_errno, "clusterip: no /proc/self/fd, by which a worker closes what is not its own");
+		return NGX_ERROR;
+	}
+	while ((entry = readdir(directory))) {
 		ngx_memzero(what, sizeof what);
 		snprintf(path, sizeof path, "/proc/self/fd/%.16s", entry->d_name);
 		if (readlink(path, what, sizeof what - 1) < 0) continue;
-		if (ngx_strcmp(what, "anon_inode:bpf-map") == 0 || ngx_strcmp(what, "anon_inode:bpf-prog") == 0)
+		if (ngx_strcmp(what, "anon_inode:bpf-map") == 0 || ngx_strcmp(what, "anon_inode:bpf-prog") == 0 ||
+		    ngx_strcmp(what, "anon_inode:bpf_link") == 0 || ngx_strcmp(what, "anon_inode:bpf-link") == 0)
 			close(atoi(entry->d_name));
 	}
-	if (directory) closedir(directory);
+	closedir(directory);
 	return NGX_OK;
 }
 
@@ -328,22 +363,23 @@ static void on_mistake(const clusterip_error *mistake, void *user)
 /* Once, so that what is applied is what was judged. */
 static ngx_int_t read_text(ngx_cycle_t *cycle, ngx_clusterip_conf_t *conf)
 {
-	ngx_file_t file = { .name = conf->file, .log = cycle->log };
-	ngx_file_info_t info;
-	ssize_t length;
+	const char *why;
+	char *text = clusterip_read_file((char *)conf->file.data, &conf->text.len, &why);
 
-	file.fd = ngx_open_file(conf->file.data, NGX_FILE_RDONLY, NGX_FILE_OPEN, 0);
-	if (file.fd == NGX_INVALID_FILE || ngx_fd_info(file.fd, &info) == NGX_FILE_ERROR) {
-		ngx_log_error(NGX_LOG_EMERG, cycle->log, ngx_errno, "clusterip \"%V\" cannot be read", &conf->file);
-		if (file.fd != NGX_INVALID_FILE) ngx_close_file(file.fd);
+	if (!text) {
+		ngx_log_error(NGX_LOG_EMERG, cycle->log, 0, "clusterip \"%V\": %s", &conf->file, why);
 		return NGX_ERROR;
 	}
-	conf->text.data = ngx_pnalloc(cycle->pool, (size_t)ngx_file_size(&info) + 1);
-	length = conf->text.data ? ngx_read_file(&file, conf->text.data, (size_t)ngx_file_size(&info), 0) : NGX_ERROR;
-	ngx_close_file(file.fd);
-	if (length == NGX_ERROR) return NGX_ERROR;
-	conf->text.len = (size_t)length;
-	return NGX_OK;
+	conf->text.data = ngx_pnalloc(cycle->pool, conf->text.len + 1);
+	if (conf->text.data) ngx_memcpy(conf->text.data, text, conf->text.len);
+	free(text);
+	return conf->text.data ? NGX_OK : NGX_ERROR;
+}
+
+/* `nginx -t` and `nginx -s` have neither the privileges nor the cgroup of what serves. */
+static int only_looks(void)
+{
+	return ngx_test_config || ngx_process == NGX_PROCESS_SIGNALLER;
 }
 
 /*
@@ -357,8 +393,8 @@ static ngx_int_t judge(ngx_cycle_t *cycle, ngx_clusterip_conf_t *conf, const str
 	if (read_text(cycle, conf) != NGX_OK) return NGX_ERROR;
 	if (plugin->check_text((char *)conf->text.data, conf->text.len, (char *)conf->file.data, on_mistake, &mistakes))
 		return NGX_ERROR;
-	/* `nginx -t` and `nginx -s` need no privileges for this; what serves does, and whether the kernel can shows by trying. */
-	if (ngx_test_config || ngx_process == NGX_PROCESS_SIGNALLER) return NGX_OK;
+	/* What serves needs privileges for this, and whether the kernel can shows by trying. */
+	if (only_looks()) return NGX_OK;
 	if (open_loaded(plugin, conf, cycle->log, 0, &trial) != NGX_OK) return NGX_ERROR;
 	plugin->close(trial);
 	return NGX_OK;
@@ -373,10 +409,12 @@ static char *init_conf(ngx_cycle_t *cycle, void *data)
 
 	if (!conf->file.len) return NGX_CONF_OK;
 	if (!conf->plugin.len) conf->plugin = (ngx_str_t)ngx_string("libclusterip.so.1");
-	if (!conf->cgroup.len) {
+	if (!conf->cgroup.len && !only_looks()) {
 		conf->cgroup.data = ngx_pnalloc(cycle->pool, NGX_MAX_PATH);
-		if (!conf->cgroup.data || clusterip_own_cgroup((char *)conf->cgroup.data, NGX_MAX_PATH)) {
-			ngx_log_error(NGX_LOG_EMERG, cycle->log, 0, "clusterip: nginx is in no cgroup v2; clusterip_cgroup names one");
+		if (!conf->cgroup.data) return NGX_CONF_ERROR;
+		why = clusterip_own_cgroup((char *)conf->cgroup.data, NGX_MAX_PATH);
+		if (why) {
+			ngx_log_error(NGX_LOG_EMERG, cycle->log, 0, "clusterip_cgroup is missing: %s", why);
 			return NGX_CONF_ERROR;
 		}
 		conf->cgroup.len = ngx_strlen(conf->cgroup.data);
@@ -420,7 +458,7 @@ ngx_module_t ngx_clusterip_module = {
 static ngx_int_t send_status(ngx_http_request_t *request)
 {
 	ngx_chain_t chain = { NULL, NULL };
-	unsigned before, tries = 0;
+	unsigned before, attached, tries = 0;
 	ngx_buf_t *buffer;
 	ngx_int_t status;
 
@@ -429,14 +467,16 @@ static ngx_int_t send_status(ngx_http_request_t *request)
 	if (status != NGX_OK) return status;
 	buffer = ngx_create_temp_buf(request->pool, sizeof page->text);
 	if (!buffer) return NGX_HTTP_INTERNAL_SERVER_ERROR;
-	/* Again, if the master has been writing meanwhile: it takes some microseconds for each service. */
+	/* Again, if the master has been writing meanwhile: that is one copy of the page. */
 	do {
+		if (tries++ == 10) return NGX_HTTP_SERVICE_UNAVAILABLE;
 		before = atomic_load(&page->changes);
+		attached = atomic_load(&page->attached);
 		ngx_memcpy(buffer->pos, page->text, sizeof page->text);
-		if (++tries > 1000) return NGX_HTTP_SERVICE_UNAVAILABLE;
-		if (tries > 1) ngx_msleep(1);
+		atomic_thread_fence(memory_order_seq_cst);
 	} while (before % 2 || before != atomic_load(&page->changes));
-	buffer->last = buffer->pos + ngx_strlen(buffer->pos);
+	if (!attached) return NGX_HTTP_SERVICE_UNAVAILABLE;
+	buffer->last = buffer->pos + ngx_strnlen(buffer->pos, sizeof page->text);
 	buffer->last_buf = request == request->main;
 	buffer->last_in_chain = 1;
 	chain.buf = buffer;
