@@ -99,7 +99,7 @@ Outcome run_verb(const Verb& verb, std::span<const std::string> words) {
     po::notify(given);
     for (const auto& [name, value] : given) {
       const auto* text = boost::any_cast<std::string>(&value.value());
-      // What an unset shell variable leaves. For --cgroup, taking it for "none" would mean the whole host.
+      // What an unset shell variable leaves. For --cgroup, taking it for "none" would mean the whole machine.
       if (text != nullptr && text->empty()) {
         return std::unexpected(usage_failure(verb, fmt::format("--{} is empty", name)));
       }

@@ -26,11 +26,10 @@ std::expected<config::Engine, Failure> engine_of(const std::string& file) {
   auto config = config::read_config(*text);
   if (config) return std::move(config->engine);
   const config::Mistake& first = config.error().front();
-  return std::unexpected(
-      Failure{.exit = Exit::configuration,
-              .message = fmt::format(
-                  "{}:{}:{}: {} (clusterip check shows every mistake; --control PATH or --pin DIR do without the file)",
-                  file, first.position.line, first.position.column, first.message)});
+  return std::unexpected(Failure{
+      .exit = Exit::configuration,
+      .message = fmt::format("{}:{}:{}: {} (clusterip check shows every mistake; --pin DIR does without the file)",
+                             file, first.position.line, first.position.column, first.message)});
 }
 
 std::expected<Places, Failure> places_of(const Given& given) {

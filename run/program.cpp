@@ -129,7 +129,7 @@ class Program {
   void leave() {
     if (!fast_) return;
     if (config_.engine.on_exit == config::OnExit::keep) {
-      // Before the VIPs of the userspace engine are no addresses of this host any more.
+      // Before the VIPs of the userspace engine are no addresses of this machine any more.
       if (const auto refused = fast_->refuse_left_out(); !refused)
         spdlog::error("connects to what the userspace engine has served may leave this machine: {}",
                       refused.error().message);

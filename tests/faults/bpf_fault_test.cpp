@@ -18,15 +18,6 @@ namespace {
 
 using namespace support;
 
-struct Call {
-  const char* name;
-  const char* call;
-  long command;
-  int error;
-};
-
-std::ostream& operator<<(std::ostream& out, const Call& call) { return out << call.name; }
-
 /// The N-th for all N up to so many; of those behind, some.
 constexpr int dense = 10;
 constexpr int sparse = 7;

@@ -5,11 +5,22 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <ostream>
 #include <string>
 
 #include "tests/support/observe.h"
 
 namespace support {
+
+/// Which system call fails, and how; `command` of those that have commands.
+struct Call {
+  const char* name;  // of the test
+  const char* call;
+  long command;
+  int error;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Call& call) { return out << call.name; }
 
 /// One system call of a program that fails, once: see inject.c.
 class Fault {

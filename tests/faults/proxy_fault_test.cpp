@@ -17,15 +17,6 @@ namespace {
 
 using namespace support;
 
-struct Call {
-  const char* name;
-  const char* call;
-  long command;
-  int error;
-};
-
-std::ostream& operator<<(std::ostream& out, const Call& call) { return out << call.name; }
-
 class ProxyFault : public Proxied, public testing::WithParamInterface<Call> {};
 
 constexpr int most = 6;
