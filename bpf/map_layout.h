@@ -102,7 +102,7 @@ enum client { /* who is one client to affinity and maglev */
 #define BLOCK_MARK 4u    /* connected sockets get `mark` */
 #define BLOCK_RESET 8u   /* connections of a backend that leaves are ended; for user space */
 #define BLOCK_KEEP 16u   /* connected UDP sockets are left alone, too; for user space */
-#define BLOCK_LEFT 32u   /* left to the userspace engine: no slots, NO_BACKEND_PASS; for user space */
+#define BLOCK_LEFT 32u   /* left to the userspace engine: no slots, NO_BACKEND_PASS; REFUSE: it has ended; for user space */
 #define BLOCK_EJECT 64u  /* backends are ejected: a block_eject follows the slots */
 #define BLOCK_PANIC 128u /* when all backends are down, the slots name those; for user space */
 #define BLOCK_HEALTH 256u /* something checks the backends: down states outlast a load; for user space */
@@ -338,6 +338,7 @@ LAYOUT_ASSERT(sizeof(struct meta_record) == 80 + CGROUP_PATH_SIZE, "Meta_Map's v
  * The canary: a reserved VIP that proves the hook at work with connected UDP sockets, that is without traffic.
  * 192.0.0.8 is the IPv4 dummy address (RFC 7600), never a valid destination.
  */
+#define CANARY_NAME "(canary)"
 #define CANARY_VIP 0xc0000008u     /* 192.0.0.8, host byte order */
 #define CANARY_BACKEND 0x7f000001u /* 127.0.0.1 */
 #define CANARY_PORT 1

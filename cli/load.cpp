@@ -8,6 +8,7 @@
 #include "cli/verbs.h"
 #include "config/printable.h"
 #include "config/read_config.h"
+#include "fallback_proxy/control_client.h"
 
 namespace cli {
 
@@ -20,6 +21,17 @@ void describe(po::options_description_easy_init add) {
   add("cgroup", po::value<std::string>()->value_name("DIR"),
       "attach to this cgroup (default: [engine] cgroup, else the root: all processes)");
   add("pin", po::value<std::string>()->value_name("DIR"), "pin to this directory (default: [engine] pin)");
+}
+
+/// The other verbs ask it first. It has other pins, or no fast path: with these it would own them, and load have
+/// failed.
+void warn_of_daemon(const std::string& control, const std::string& pin) {
+  const auto daemon = userspace::ControlClient::connect(control);
+  if (!daemon || !*daemon) return;
+  fmt::print(stderr,
+             "warning: a daemon that has nothing to do with this runs at {}: status, trace and resolve ask it, unless "
+             "they are given --pin {}\n",
+             config::printable(control), config::printable(pin));
 }
 
 Outcome run(const Plugin& plugin, const Given& given) {
@@ -69,6 +81,7 @@ Outcome run(const Plugin& plugin, const Given& given) {
   }
   if (model && std::ranges::any_of(model->services, [](const auto& service) { return service.health.has_value(); }))
     fmt::print(stderr, "warning: health is checked only while a daemon runs (clusterip run)\n");
+  if (model) warn_of_daemon(model->engine.control, pin);
   return Exit::fine;
 }
 

@@ -75,6 +75,8 @@ std::string to_text(const Endpoint& asked, const clusterip_resolution& found, st
           found.backends == 1 ? "the only active backend" : fmt::format("one of {} active backends", found.backends));
     }
     case CLUSTERIP_VERDICT_NO_BACKEND:
+      if (found.engine == CLUSTERIP_ENGINE_USERSPACE)
+        return fmt::format("{}: {}: which has ended, a connect() is refused until one starts", vip, service);
       return fmt::format("{}: {}: no backend takes connections, {} (no_backend = \"{}\")", vip, service,
                          meaning_of(no_backend), no_backend);
     case CLUSTERIP_VERDICT_NO_SERVICE:

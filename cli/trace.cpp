@@ -14,9 +14,12 @@
 
 #include "bpf/map_layout.h"
 #include "cli/endpoint.h"
+#include "cli/pinned.h"
 #include "cli/places.h"
 #include "cli/verbs.h"
+#include "config/printable.h"
 #include "run/decisions.h"
+#include "run/status_fields.h"
 
 namespace cli {
 
@@ -114,7 +117,28 @@ class Printer {
   const bool is_json_;
 };
 
-Outcome trace_daemon(userspace::ControlClient& client, Printer& printer) {
+/// What is waited for may never come. `engine`: of the service that is asked for; empty when there is none.
+void warn_of_service(const std::string& name, std::string_view engine) {
+  if (engine.empty() && name != CANARY_NAME) {
+    fmt::print(stderr, "warning: there is no service {} now; waiting for one\n", config::printable(name));
+  } else if (engine == engine_name(CLUSTERIP_ENGINE_USERSPACE)) {
+    fmt::print(stderr, "warning: the userspace engine carries service {}: only the fast path's decisions are traced\n",
+               config::printable(name));
+  }
+}
+
+std::string engine_in(const object& status, std::string_view service) {
+  for (const boost::json::value& each : status.at("services").as_array())
+    if (run::text(each.as_object(), "name") == service) return run::text(each.as_object(), "engine");
+  return {};
+}
+
+Outcome trace_daemon(userspace::ControlClient& client, const std::optional<std::string>& service, Printer& printer) {
+  if (service) {
+    const auto status = client.ask({{"request", "status"}});
+    if (!status) return std::unexpected(Failure{.message = status.error().message});
+    warn_of_service(*service, engine_in(*status, *service));
+  }
   if (auto sent = client.send({{"request", "trace"}}); !sent)
     return std::unexpected(Failure{.message = sent.error().message});
   client.wait_for_ever();
@@ -128,9 +152,16 @@ Outcome trace_daemon(userspace::ControlClient& client, Printer& printer) {
   }
 }
 
-Outcome trace_pinned(const Plugin& plugin, const Given& given, const Places& places, Printer& printer) {
+Outcome trace_pinned(const Plugin& plugin, const Given& given, const Places& places,
+                     const std::optional<std::string>& service, Printer& printer) {
   const auto handle = open_pins(plugin, given, places);
   if (!handle) return std::unexpected(handle.error());
+  if (service) {
+    const auto services = see_services(plugin, handle->get());
+    if (!services) return std::unexpected(services.error());
+    const auto found = std::ranges::find(*services, *service, &SeenService::name);
+    warn_of_service(*service, found != services->end() ? engine_name(found->engine) : "");
+  }
   struct Reader {
     Printer& printer;
     std::optional<std::uint64_t> lost;
@@ -160,12 +191,13 @@ Outcome trace_pinned(const Plugin& plugin, const Given& given, const Places& pla
 Outcome run(const Plugin& plugin, const Given& given) {
   auto wanted = parse_wanted(given.options);
   if (!wanted) return std::unexpected(wanted.error());
+  const std::optional<std::string> service = wanted->service;
   Printer printer(std::move(*wanted), given.options["json"].as<bool>());
   const auto places = places_of(given);
   if (!places) return std::unexpected(places.error());
   auto daemon = connect_to_daemon(*places);
   if (!daemon) return std::unexpected(daemon.error());
-  return *daemon ? trace_daemon(**daemon, printer) : trace_pinned(plugin, given, *places, printer);
+  return *daemon ? trace_daemon(**daemon, service, printer) : trace_pinned(plugin, given, *places, service, printer);
 }
 
 }  // namespace

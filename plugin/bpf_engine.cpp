@@ -29,7 +29,7 @@ namespace {
 /// The service behind the canary's VIP. Its name is none that a configuration could use.
 config::Service canary_service() {
   config::Service service;
-  service.name = "(canary)";
+  service.name = CANARY_NAME;
   service.vip = boost::asio::ip::make_address_v4(CANARY_VIP);
   service.port = CANARY_PORT;
   service.protocol = config::Protocol::udp;
@@ -73,6 +73,9 @@ config::Service pass_entry(const config::Service& service) {
 }
 
 bool is_left_out(const config::Service& service) { return service.engine == config::EngineMode::userspace; }
+
+/// Of one that is left out, as it is published: refuse_left_out().
+bool is_refused(const config::Service& service) { return service.no_backend == config::NoBackend::refuse; }
 
 constexpr const char* mode_userspace = "engine.mode is \"userspace\"";
 
@@ -480,8 +483,12 @@ Result<void> BpfEngine::attach_missing() {
   return make_live(*state_);
 }
 
-/// Why a service is left to the userspace engine. Another process may have found that, with fewer privileges.
+/// Why a service, as it is published, is left to the userspace engine. Another process may have found that, with fewer
+/// privileges.
 std::string BpfEngine::reason_left_out(const config::Service& service) const {
+  if (is_refused(service)) {
+    return "its userspace engine has ended: connects are refused until one starts";
+  }
   if (!options_.any_mode && mode_ == config::EngineMode::userspace) {
     return mode_userspace;
   }
@@ -585,8 +592,7 @@ Result<void> BpfEngine::refuse_left_out() {
   auto services = state_->publisher->services();
   bool is_any_left = false;
   for (config::Service& service : services) {
-    if (is_left_out(service)) {
-      service.engine = config::EngineMode::automatic;
+    if (is_left_out(service) && !is_refused(service)) {
       service.no_backend = config::NoBackend::refuse;
       is_any_left = true;
     }
@@ -597,7 +603,6 @@ Result<void> BpfEngine::refuse_left_out() {
   auto published = publish(services, state_->publisher->peer_names());
   if (published) {
     left_out_.clear();
-    published = attach_missing();
   }
   return published;
 }
@@ -763,8 +768,12 @@ Result<Resolution> BpfEngine::resolve(const config::Address& vip, std::uint16_t 
     }
     const Block& block = *found;
     resolution.service = decode_service(services[*record]).name;
-    if ((maps.slots()[block.header].header.flags & BLOCK_LEFT) != 0) {
+    const block_header& header = maps.slots()[block.header].header;
+    if ((header.flags & BLOCK_LEFT) != 0) {
       resolution.is_left_out = true;
+      if (header.no_backend == NO_BACKEND_REFUSE) {
+        resolution.verdict = Verdict::no_backend;
+      }
       return {};
     }
     resolution.backends = count_choices(maps, block);
@@ -806,12 +815,12 @@ Result<std::vector<ServiceStatus>> BpfEngine::status() {
                         .reason = {},
                         .is_carried = true};
       if (is_left_out(one.service)) {
+        one.is_carried = false;
+        one.reason = reason_left_out(one.service);
         if (const auto whole = left_out_.find(one.service.name); whole != left_out_.end()) {
           one.service = whole->second;
           one.backends.resize(one.service.backends.size());
         }
-        one.is_carried = false;
-        one.reason = reason_left_out(one.service);
         status.push_back(std::move(one));
         continue;
       }

@@ -52,6 +52,9 @@ int connect_to(std::uint32_t host, std::uint16_t port) {
   return local.sin_addr.s_addr == htonl(CANARY_BACKEND) ? 0 : EADDRNOTAVAIL;
 }
 
+/// Of a connect() of UDP, which the kernel itself never refuses: a program has.
+bool is_refusal(int error) { return error == ECONNREFUSED || error == EPERM; }
+
 /// In the child: nothing but system calls, since other threads of the host may have held locks when it was made.
 [[noreturn]] void run_child(int cgroup, Report& report) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -72,7 +75,7 @@ int connect_to(std::uint32_t host, std::uint16_t port) {
   report.seen.rewrite_errno = connect_to(CANARY_VIP, CANARY_PORT);
   const int refused = connect_to(CANARY_VIP, CANARY_REFUSED_PORT);
   // Without our program there is no route to the VIP, or there is one: neither is a refusal of ours.
-  report.seen.refuse_errno = refused == ECONNREFUSED || refused == EPERM ? refused : 0;
+  report.seen.refuse_errno = is_refusal(refused) ? refused : 0;
   report.done = true;
   _exit(0);
 }
@@ -131,7 +134,8 @@ Result<CanaryResult> run_canary(const Cgroup& cgroup) {
   if (report->join_errno != 0) {
     return fail_errno(report->join_errno, "moving the canary into the cgroup " + cgroup.path);
   }
-  if (report->loopback_errno != 0) {
+  // Refused is reachable: 127.0.0.1 is a VIP itself, without a service at this port.
+  if (report->loopback_errno != 0 && !is_refusal(report->loopback_errno)) {
     return fail_errno(report->loopback_errno, "the canary cannot tell, 127.0.0.1 is not reachable here (is lo up?)");
   }
   if (!report->done) {

@@ -174,7 +174,7 @@ typedef struct {
 /* What a connect() would meet. */
 #define CLUSTERIP_VERDICT_PASS 0u       /* no VIP of ours, or left to the userspace engine: untouched */
 #define CLUSTERIP_VERDICT_REWRITTEN 1u  /* reaches `backend` */
-#define CLUSTERIP_VERDICT_NO_BACKEND 2u /* the service has no backend: its no_backend applies */
+#define CLUSTERIP_VERDICT_NO_BACKEND 2u /* the service has no backend: its no_backend applies; or as clusterip_refuse_left_out */
 #define CLUSTERIP_VERDICT_NO_SERVICE 3u /* a port of a VIP that no service has: refused */
 
 typedef struct {

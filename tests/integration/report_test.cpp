@@ -46,6 +46,12 @@ TEST_F(Report, CanaryNeedsNoService) {
   EXPECT_TRUE(ok(handle.canary()));
 }
 
+TEST_F(Report, CanaryWorksWhereItsBackendIsAVip) {
+  const NamedServer server("server");
+  Handle handle = serve(toml({{"web", "127.0.0.1", 80, {backend(server)}}}));
+  EXPECT_TRUE(ok(handle.canary()));
+}
+
 TEST_F(Report, CanaryIsNoServiceAndCountsNowhere) {
   const NamedServer server("server");
   Handle handle = serve(toml({{"web", "10.96.0.1", 80, {backend(server)}}}));

@@ -172,8 +172,12 @@ TEST_F(RunEngine, WhatTheProxyHasServedIsRefusedWhenItHasEnded) {
     }
     EXPECT_EQ(ask(far.vip, vip_port), refused_with(ECONNREFUSED)) << "it would leave a host with a default route";
     EXPECT_EQ(ask(fast_vip, vip_port), answered_by("two"));
-    const Finished seen = clusterip({"status", "--pin", pin()});
-    EXPECT_EQ(seen.exit_code, fine) << seen.out;
+    const Finished seen = clusterip({"status", "--pin", pin(), "--json"});
+    EXPECT_EQ(seen.exit_code, fine) << seen.err;
+    EXPECT_EQ(jq(".services[]|select(.name == \"far\")|[.engine, .reason]|join(\": \")", seen.out),
+              "userspace: its userspace engine has ended: connects are refused until one starts\n");
+    EXPECT_THAT(clusterip({"resolve", fmt::format("{}:{}", far.vip, vip_port), "--pin", pin()}).out,
+                HasSubstr("service far, engine userspace: which has ended, a connect() is refused"));
   }
   RunningService service(made);
   EXPECT_EQ(ask(far.vip, vip_port), answered_by("one"));
@@ -199,6 +203,18 @@ TEST_F(RunEngine, SecondServiceIsRefusedInOneLine) {
   EXPECT_THAT(third.err, HasSubstr("another process"));
   EXPECT_FALSE(std::filesystem::exists(made->control() + "2")) << "a socket that nobody listens at";
   EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
+}
+
+TEST_F(RunEngine, LoadBesideADaemonSaysWhomTheOtherVerbsAsk) {
+  const auto made = files(proxy_toml({local({backend(one_)})}));
+  RunningService service(made, {"--engine", "userspace"});
+  const Finished loaded = clusterip({"load", "--config", made->config()});
+  EXPECT_EQ(loaded.exit_code, fine) << loaded.err;
+  EXPECT_THAT(loaded.err, HasSubstr(fmt::format("runs at {}: status, trace and resolve ask it, unless they are given "
+                                                "--pin {}",
+                                                made->control(), pin())));
+  service.terminate();
+  EXPECT_EQ(clusterip({"load", "--config", made->config()}).err, "");
 }
 
 TEST_F(RunEngine, UnloadOnExitDoesWhatTheFileSays) {

@@ -111,6 +111,21 @@ TEST_F(RunTrace, CanaryIsShownOnlyWhenAskedFor) {
               HasSubstr("service (canary) 192.0.0.8:1/udp -> 127.0.0.1:1"));
 }
 
+TEST_F(RunTrace, ServiceThatHasNoDecisionsIsTold) {
+  const std::vector<std::pair<const char*, const char*>> rows = {
+      {"wep", "there is no service wep now"}, {"proxied", "the userspace engine carries service proxied"}};
+  const auto expect_told = [&rows](const std::string& option, const std::string& place) {
+    for (const auto& [service, told] : rows) {
+      Process tracer(words({option, place, "--service", service}));
+      EXPECT_THAT(tracer.wait_for_error("warning: "), HasSubstr(told));
+    }
+  };
+  RunningService service(files(toml({web({backend(one_)}), proxied({backend(one_)})})));
+  expect_told("--control", service.files()->control());
+  service.terminate();
+  expect_told("--pin", pin());
+}
+
 TEST_F(RunTrace, BackendOfTheFilterMayBeWrittenInAnyWay) {
   RunningService(files(toml({{"six", "2001:db8::1", vip_port, {{"::1", 9}}}}))).terminate();
   EXPECT_THAT(
