@@ -226,7 +226,7 @@ class Completions(unittest.TestCase):
 
     def test_files_parse(self):
         for shell in ("bash", "zsh", "fish"):
-            self.assertTrue(shutil.which(shell), f"{shell} is missing: scripts/install-packages")
+            self.assertTrue(shutil.which(shell), f"{shell} is missing: scripts/install-packages --tests")
         for files in self.FILES.values():
             for shell, name in zip(("bash", "zsh", "fish"), files):
                 run(shell, "-n", SOURCE / "completions" / name)
