@@ -102,7 +102,7 @@ enum client { /* who is one client to affinity and maglev */
 #define BLOCK_MARK 4u    /* connected sockets get `mark` */
 #define BLOCK_RESET 8u   /* connections of a backend that leaves are ended; for user space */
 #define BLOCK_KEEP 16u   /* connected UDP sockets are left alone, too; for user space */
-#define BLOCK_LEFT 32u   /* left to the userspace engine: no slots, NO_BACKEND_PASS; REFUSE: it has ended; for user space */
+#define BLOCK_LEFT 32u   /* left to the userspace engine: no slots, NO_BACKEND_PASS, or REFUSE when none carries it; for user space */
 #define BLOCK_EJECT 64u  /* backends are ejected: a block_eject follows the slots */
 #define BLOCK_PANIC 128u /* when all backends are down, the slots name those; for user space */
 #define BLOCK_HEALTH 256u /* something checks the backends: down states outlast a load; for user space */

@@ -51,7 +51,15 @@ std::optional<Endpoint> parse_endpoint(std::string_view text) {
     v6.sin6_family = AF_INET6;
     v6.sin6_port = htons(*port);
     if (inet_pton(AF_INET6, address.c_str(), &v6.sin6_addr) != 1) return std::nullopt;
-    store(endpoint, v6);
+    if (IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) {
+      sockaddr_in v4{};
+      v4.sin_family = AF_INET;
+      v4.sin_port = v6.sin6_port;
+      std::memcpy(&v4.sin_addr, v6.sin6_addr.s6_addr + 12, sizeof v4.sin_addr);
+      store(endpoint, v4);
+    } else {
+      store(endpoint, v6);
+    }
   } else {
     sockaddr_in v4{};
     v4.sin_family = AF_INET;

@@ -8,6 +8,7 @@
 #include "cli/pinned.h"
 #include "config/printable.h"
 #include "config/read_config.h"
+#include "config/values.h"
 
 namespace cli {
 
@@ -36,7 +37,11 @@ std::expected<Places, Failure> places_of(const Given& given) {
   const auto& options = given.options;
   if (options.count("config") + options.count("control") + options.count("pin") > 1)
     return std::unexpected(Failure{.exit = Exit::usage, .message = "--config, --control, --pin: give one of them"});
-  if (options.contains("control")) return Places{.control = options["control"].as<std::string>(), .pin = {}};
+  if (options.contains("control")) {
+    auto path = config::parse_path(options["control"].as<std::string>(), config::max_socket_path);
+    if (!path) return std::unexpected(Failure{.exit = Exit::usage, .message = "--control: expected " + path.error()});
+    return Places{.control = std::move(*path), .pin = {}};
+  }
   if (options.contains("pin")) return Places{.control = {}, .pin = options["pin"].as<std::string>()};
   const bool are_default = !options.contains("config");
   auto engine = are_default ? config::Engine() : engine_of(options["config"].as<std::string>());

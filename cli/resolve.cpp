@@ -76,7 +76,7 @@ std::string to_text(const Endpoint& asked, const clusterip_resolution& found, st
     }
     case CLUSTERIP_VERDICT_NO_BACKEND:
       if (found.engine == CLUSTERIP_ENGINE_USERSPACE)
-        return fmt::format("{}: {}: which has ended, a connect() is refused until one starts", vip, service);
+        return fmt::format("{}: {}: which does not carry it now: a connect() is refused", vip, service);
       return fmt::format("{}: {}: no backend takes connections, {} (no_backend = \"{}\")", vip, service,
                          meaning_of(no_backend), no_backend);
     case CLUSTERIP_VERDICT_NO_SERVICE:
@@ -175,6 +175,10 @@ Outcome run(const Plugin& plugin, const Given& given) {
       return Exit::fine;
     }
     places->pin = run::text(*status, "pin");
+    if (const auto something = anything_pinned(places->pin); something && !*something)
+      return std::unexpected(
+          Failure{.message = fmt::format("the daemon (pid {}) serves, but its pins at {} were removed: restart it",
+                                         (*daemon)->pid(), places->pin)});
   }
   const auto handle = open_pins(plugin, given, *places);
   if (!handle) return std::unexpected(handle.error());

@@ -76,12 +76,14 @@ void refuse_left_out(const Plugin& plugin, const std::string& pin) {
 Outcome act_on_exit(const Plugin& plugin, const std::string& file) {
   const auto text = config::read_file(file);
   const auto config = text ? config::read_config(*text) : std::unexpected(std::vector<config::Mistake>());
-  if (config && config->engine.on_exit == config::OnExit::keep) refuse_left_out(plugin, config->engine.pin);
-  remove_routes();
   if (!config) {
-    fmt::print("{} is missing or not valid: the fast path stays as it is\n", config::printable(file));
+    // The routes as well: they have connects to what the userspace engine has served refused.
+    fmt::print("{} is missing or not valid: the fast path and local routes stay as they are\n",
+               config::printable(file));
     return Exit::fine;
   }
+  if (config->engine.on_exit == config::OnExit::keep) refuse_left_out(plugin, config->engine.pin);
+  remove_routes();
   if (config->engine.on_exit == config::OnExit::keep) {
     fmt::print("on_exit is \"keep\": the fast path stays as it is\n");
     return Exit::fine;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #pragma once
 
+#include <cerrno>
 #include <cstring>
 #include <expected>
 #include <string>
@@ -15,11 +16,12 @@ inline std::unexpected<Error> fail(int code, std::string message) {
   return std::unexpected(Error{.code = code, .message = std::move(message)});
 }
 
-/// "what: text of the errno". `error` is the positive errno.
+/// "what: text of the errno", with what raises the limit of descriptors. `error` is the positive errno.
 inline std::unexpected<Error> fail_errno(int error, std::string what) {
   // The GNU strerror_r: thread-safe, and may return a static string instead of filling the buffer.
   char buffer[128];
-  return fail(-error, std::move(what) + ": " + strerror_r(error, buffer, sizeof buffer));
+  const char* const remedy = error == EMFILE ? " (LimitNOFILE=, ulimit -n)" : "";
+  return fail(-error, std::move(what) + ": " + strerror_r(error, buffer, sizeof buffer) + remedy);
 }
 
 }  // namespace config

@@ -101,6 +101,13 @@ void check_limits(const Config& config, Mistakes& mistakes) {
   }
 }
 
+/// No kernel can.
+void check_engine(const Service& service, std::size_t index, const ServicePositions& positions, Mistakes& mistakes) {
+  if (service.engine == EngineMode::bpf && service.proxy_protocol != ProxyProtocol::none)
+    mistakes.add(positions.proxy_protocol, service_label(service, index) + ": proxy_protocol",
+                 "expected none, as only the userspace engine sends a header, and engine is \"bpf\"");
+}
+
 /// What speaks of connections means nothing to datagrams.
 void check_udp(const Service& service, std::size_t index, const ServicePositions& positions, Mistakes& mistakes) {
   if (service.protocol != Protocol::udp) return;
@@ -149,6 +156,7 @@ void validate(const Config& config, const std::vector<ServicePositions>& positio
       }
     }
     check_backend_list(service, i, service.backends, mistakes);
+    check_engine(service, i, positions[i], mistakes);
     check_udp(service, i, positions[i], mistakes);
   }
 

@@ -43,7 +43,10 @@ std::string ControlClient::who() const { return fmt::format("pid {}", pid_); }
 config::Result<void> ControlClient::send(const boost::json::object& request) {
   const std::string line = serialize(request) + "\n";
   if (::send(socket_.get(), line.data(), line.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(line.size())) return {};
-  return config::fail_errno(errno, "writing to " + who());
+  const int error = errno;
+  // Who turns somebody away has said why before.
+  if (const auto said = receive(); !said && said.error().code == -EREMOTEIO) return std::unexpected(said.error());
+  return config::fail_errno(error, "writing to " + who());
 }
 
 config::Result<boost::json::object> ControlClient::receive() {

@@ -10,7 +10,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <filesystem>
+#include <thread>
 
 #include "fallback_proxy/control_client.h"
 
@@ -18,6 +20,9 @@ namespace userspace {
 namespace {
 
 constexpr int backlog = 16;
+
+constexpr int lock_attempts = 100;
+constexpr std::chrono::milliseconds lock_pause(20);
 
 }  // namespace
 
@@ -37,7 +42,12 @@ config::Result<config::Fd> listen_control(const std::string& path) {
   const std::string lock_path = path + ".lock";
   const config::Fd lock(::open(lock_path.c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600));
   if (!lock) return config::fail_errno(errno, "opening " + lock_path);
-  if (::flock(lock.get(), LOCK_EX) != 0) return config::fail_errno(errno, "locking " + lock_path);
+  // Another start has it for a moment; who else holds it is not waited for.
+  for (int attempt = 0; ::flock(lock.get(), LOCK_EX | LOCK_NB) != 0; ++attempt) {
+    if (errno != EWOULDBLOCK && errno != EINTR) return config::fail_errno(errno, "locking " + lock_path);
+    if (attempt == lock_attempts) return config::fail(-EBUSY, "another process holds " + lock_path);
+    std::this_thread::sleep_for(lock_pause);
+  }
 
   const auto live = ControlClient::connect(path);
   if (!live) return std::unexpected(live.error());

@@ -63,11 +63,11 @@ std::uint32_t read_live(const backend_record& record) {
 }
 
 /// What is published for a service that the userspace engine carries: without it, a VIP that it shares with another
-/// service would refuse its port.
+/// service would refuse its port. One that asks for the engine bpf nobody carries: it is refused.
 config::Service pass_entry(const config::Service& service) {
   config::Service entry = service;
+  entry.no_backend = service.engine == config::EngineMode::bpf ? config::NoBackend::refuse : config::NoBackend::pass;
   entry.engine = config::EngineMode::userspace;
-  entry.no_backend = config::NoBackend::pass;
   entry.backends.clear();
   return entry;
 }
@@ -486,13 +486,13 @@ Result<void> BpfEngine::attach_missing() {
 /// Why a service, as it is published, is left to the userspace engine. Another process may have found that, with fewer
 /// privileges.
 std::string BpfEngine::reason_left_out(const config::Service& service) const {
-  if (is_refused(service)) {
-    return "its userspace engine has ended: connects are refused until one starts";
-  }
   if (!options_.any_mode && mode_ == config::EngineMode::userspace) {
     return mode_userspace;
   }
   const auto whole = left_out_.find(service.name);
+  if (whole == left_out_.end() && is_refused(service)) {
+    return "no userspace engine carries it now: connects are refused";
+  }
   config::Service loaded = whole != left_out_.end() ? whole->second : service;
   if (whole == left_out_.end()) {
     loaded.engine = config::EngineMode::automatic;  // what is published does not tell what the file said

@@ -166,7 +166,7 @@ Result<PinDirectory> PinDirectory::open(std::string path) {
 }
 
 PinDirectory::~PinDirectory() {
-  if (lock_) {
+  if (lock_ && check_owned()) {
     rmdir(path_.c_str());  // only when nothing has been pinned in it
   }
 }
@@ -205,6 +205,9 @@ Result<Maps> PinDirectory::open_maps() {
                                  path_ + "` and load again");
       }
       return fail(-ENOENT, "nothing is loaded at " + path_);
+    }
+    if (const auto head = read_meta(path_); !head && head.error().code == -EPROTO) {
+      return std::unexpected(head.error());
     }
     auto maps = Maps::open(path_);
     if (is_locked() || (!exists(next) && stat(meta.c_str(), &after) == 0 && before.st_ino == after.st_ino)) {
@@ -376,7 +379,10 @@ std::optional<std::string> PinDirectory::neighbour_of(std::uint64_t cgroup_id) c
        std::filesystem::directory_iterator(std::filesystem::path(path_).parent_path(), unreadable)) {
     PinDirectory other;
     other.path_ = entry.path().string();
-    if (other.path_ == path_ || !other.has_state()) {
+    struct stat status{};
+    // By links and in directories of theirs, others could have anything taken for one.
+    if (other.path_ == path_ || lstat(other.path_.c_str(), &status) != 0 || !check_owner(other.path_, status) ||
+        !other.has_state()) {
       continue;
     }
     const auto meta = read_meta(other.path_);

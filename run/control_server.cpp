@@ -16,6 +16,7 @@
 #include <boost/json.hpp>
 #include <cerrno>
 #include <chrono>
+#include <string_view>
 #include <utility>
 
 namespace run {
@@ -28,6 +29,8 @@ using namespace std::chrono_literals;
 // Only the user's own processes and root's can connect. The bounds are for those that hang or run wild: what one of
 // them costs is little, and is over soon.
 constexpr long max_sessions = 16;
+constexpr std::string_view turned_away =
+    "{\"error\":\"16 others ask it already, with trace for the most part: end some\"}\n";
 constexpr std::size_t max_request = 4096;  // bytes
 constexpr auto request_time = 10s;         // for a request to come, and for its answer to be taken
 constexpr auto hand_over_time = 60s;       // for the other process to be ready
@@ -130,7 +133,10 @@ awaitable<void> ControlServer::accept() {
       co_await pause.async_wait(use_tuple);
       continue;
     }
-    if (sessions_.use_count() > max_sessions) continue;
+    if (sessions_.use_count() > max_sessions) {
+      ::send(accepted.get(), turned_away.data(), turned_away.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+      continue;
+    }
     Socket socket(acceptor_.get_executor());
     boost::system::error_code unwatched;  // epoll has no room
     socket.assign(boost::asio::local::stream_protocol(), accepted.get(), unwatched);

@@ -315,7 +315,7 @@ class Program {
     text_ = std::move(source.text);
     config_ = std::move(source.config);
     if (fast_) reconcile_states();
-    forget_reasons();
+    keep_reasons();
     reloads_.last_good = std::chrono::system_clock::now();
     tell_what_serves();
     decisions_.fast_path_changed();
@@ -343,8 +343,10 @@ class Program {
   void tell_what_serves() {
     for (const config::Service& service : config_.services) {
       const auto found = carriers_.find(service.name);
-      if (!is_carried(service) && !is_proxied(service))
+      if (!is_carried(service) && !is_proxied(service)) {
         spdlog::warn("service {}: not served: {}", config::printable(service.name), only_bpf(service));
+        continue;
+      }
       if (is_proxied(service)) warn_of_what_the_proxy_ignores(service);
       if (!fast_ || found == carriers_.end() || found->second.reason.empty()) continue;
       spdlog::info("service {}: engine {}: {}", config::printable(service.name),
@@ -394,8 +396,10 @@ class Program {
                             in_force_.engine.pin);
       why = handle ? static_cast<const char*>(error.message) : handle.error().message;
     }
-    const std::string warning =
-        fmt::format("the fast path that was left at {} goes on rewriting connects: {}", in_force_.engine.pin, why);
+    const std::string warning = fmt::format(
+        "the fast path that was left at {0} decides first, and refuses connects to what a userspace engine "
+        "has carried (sudo clusterip unload --pin {0}): {1}",
+        in_force_.engine.pin, why);
     spdlog::warn("{}", warning);
     no_fast_path_ += "; " + warning;
   }
@@ -453,7 +457,17 @@ class Program {
                 checker_.is_down(service, address, port) ? config::BackendState::down : config::BackendState::active);
   }
 
-  void forget_reasons() {
+  /// Those of what is down still. Services that share a check share its reason, also when one of them is new.
+  void keep_reasons() {
+    std::map<std::pair<config::Address, std::uint16_t>, std::string> found;
+    for (const auto& [key, reason] : down_reasons_) found[{std::get<1>(key), std::get<2>(key)}] = reason;
+    for (const config::Service& service : config_.services) {
+      for (const config::Backend& backend : service.backends) {
+        const auto reason = found.find({backend.address, backend.port});
+        if (reason != found.end())
+          down_reasons_.try_emplace({service.name, backend.address, backend.port}, reason->second);
+      }
+    }
     std::erase_if(down_reasons_, [this](const auto& entry) {
       const auto& [service, address, port] = entry.first;
       return !checker_.is_down(service, address, port);
@@ -615,8 +629,9 @@ class Program {
 
   void file_changed() {
     const auto text = config::read_file(settings_.file);
-    // One that is gone, or is being written, comes again. What is not valid has been told of once.
-    if (!text || *text == text_ || *text == refused_text_) return;
+    // One that is gone, or is being written, comes again. What is not valid has been told of once; who puts back what
+    // serves has mended it.
+    if (!text || *text == refused_text_ || (*text == text_ && reloads_.is_last_good)) return;
     act_on(SIGHUP);
   }
 

@@ -201,6 +201,22 @@ TEST_F(OlderKernel, WhatIsLeftOutReachesTheUserspaceEngineBesideTheOthers) {
             "");
 }
 
+TEST_F(OlderKernel, WhatAsksForTheEngineThatCannotIsRefused) {
+  const NamedServer server("server");
+  EXPECT_EQ(in_child_without(
+                {.helpers = {BPF_FUNC_setsockopt}},
+                [&] {
+                  Handle handle =
+                      serve(toml({{"any", "10.96.0.1", 80, {backend(server)}, "refuse", "mark = 1"},
+                                  {"bpf", "10.96.0.1", 81, {backend(server)}, "refuse", "mark = 1\nengine = \"bpf\""}}),
+                            partial());
+                  require(ask("10.96.0.1", 80).error == ENETUNREACH, "what may be carried elsewhere does not pass");
+                  require(ask("10.96.0.1", 81) == refused_with(ECONNREFUSED), "what nobody carries is not refused");
+                  require_contains(handle.visit().at(1).reason, "bpf_setsockopt()");
+                }),
+            "");
+}
+
 TEST_F(OlderKernel, ANewerKernelTakesUpWhatWasLeftOut) {
   const NamedServer server("server");
   const NamedUdpServer dns("dns");

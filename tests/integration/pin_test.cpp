@@ -2,10 +2,13 @@
 //
 // The fast path outlives the process that made it.
 #include <arpa/inet.h>
+#include <bpf/bpf.h>
 #include <fmt/format.h>
 #include <linux/membarrier.h>
 #include <poll.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -648,6 +651,19 @@ TEST_F(Pin, RemovedLinkIsMadeAgain) {
   remove_all_of_ours();
   EXPECT_TRUE(connect4_programs(cgroup()).empty());
   EXPECT_FALSE(std::filesystem::exists(pin()));
+}
+
+TEST_F(Pin, MapOfSomebodyElseIsToldAtOnceAndStays) {
+  ASSERT_EQ(::mkdir(pin().c_str(), 0700), 0);
+  const Fd map(bpf_map_create(BPF_MAP_TYPE_ARRAY, "x", 4, 8, 1, nullptr));
+  const std::string path = pin() + "/Meta_Map";
+  ASSERT_EQ(bpf_obj_pin(map.get(), path.c_str()), 0);
+  Handle handle(plugin(), pinned());
+  for (const Outcome& outcome : {handle.load(toml({})), handle.detach()}) {
+    EXPECT_TRUE(fails_with(-EPROTO, outcome));
+    EXPECT_NE(outcome.message.find("is not clusterip's: use another pin path"), std::string::npos) << outcome.message;
+  }
+  ASSERT_EQ(::unlink(path.c_str()), 0);
 }
 
 }  // namespace

@@ -95,8 +95,12 @@ TEST_F(Report, CanarySeesWhichProgramIsNotAttached) {
       ASSERT_TRUE(ok(handle.canary()));
     }
     ASSERT_EQ(::unlink((pin() + "/" + program + "_link").c_str()), 0);
-    const Outcome outcome = Handle(plugin(), pinned()).canary();
-    EXPECT_TRUE(fails_with(-ENOTCONN, outcome));
+    Outcome outcome;
+    const bool has_failed = eventually([&] {
+      outcome = Handle(plugin(), pinned()).canary();
+      return outcome.code != 0;
+    });
+    EXPECT_TRUE(has_failed && fails_with(-ENOTCONN, outcome));
     EXPECT_EQ(outcome.message, std::string(program) + " is not attached: load again");
   }
   EXPECT_TRUE(ok(Handle(plugin(), pinned()).detach()));
@@ -145,6 +149,24 @@ TEST_F(Report, CanarySeesAnotherFastPathOfItsCgroup) {
   EXPECT_TRUE(ok(first.detach()));
   EXPECT_TRUE(ok(second.canary()));
   EXPECT_TRUE(ok(second.detach()));
+}
+
+TEST_F(Report, CanaryTakesNoLinkAndNoDirectoryOfOthersForAnotherFastPath) {
+  const NamedServer server("server");
+  Handle handle = serve(toml({{"web", "10.96.0.1", 80, {backend(server)}}}), pinned());
+  const std::string link = pin() + "-link";
+  ASSERT_EQ(::symlink(pin().c_str(), link.c_str()), 0);
+  EXPECT_TRUE(ok(handle.canary()));
+  ASSERT_EQ(::unlink(link.c_str()), 0);
+  const Paths beside{cgroup().path(), pin() + "2", 0};
+  Handle second = serve(toml({{"web", "10.96.0.1", 80, {backend(server)}}}), beside);
+  ASSERT_TRUE(fails_with(-EEXIST, handle.canary()));
+  constexpr uid_t nobody = 65534;
+  ASSERT_EQ(::chown(beside.pin.c_str(), nobody, nobody), 0);
+  EXPECT_TRUE(ok(handle.canary()));
+  ASSERT_EQ(::chown(beside.pin.c_str(), 0, 0), 0);
+  EXPECT_TRUE(ok(second.detach()));
+  EXPECT_TRUE(ok(handle.detach()));
 }
 
 TEST_F(Report, CanarySeesThatItsCgroupIsGone) {

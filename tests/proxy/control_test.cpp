@@ -3,7 +3,9 @@
 // The control socket: whose it is, what it answers, and the status.
 #include "tests/proxy/control.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 
@@ -11,6 +13,7 @@
 #include <cstring>
 #include <filesystem>
 #include <memory>
+#include <vector>
 
 namespace {
 
@@ -77,6 +80,31 @@ TEST_F(Control, SocketIsForTheUserAlone) {
   EXPECT_EQ(made.st_mode, S_IFSOCK | 0600u);
   ASSERT_EQ(::stat(directory.c_str(), &made), 0);
   EXPECT_EQ(made.st_mode, S_IFDIR | 0755u);
+}
+
+TEST_F(Control, LockOfSomebodyElseIsNotWaitedFor) {
+  const NamedServer one("one");
+  const auto files = std::make_shared<FallbackProxy::Files>();
+  files->write(proxy_toml({{"web", vip, 80, {backend(one)}}}));
+  const std::string path = files->control() + ".lock";
+  const Fd lock(checked(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600), "lock"));
+  checked(::flock(lock.get(), LOCK_EX), "flock");
+  FallbackProxy proxy(files);
+  EXPECT_EQ(ask(vip, 80), answered_by("one"));
+  EXPECT_TRUE(contains(proxy.terminate().err, "another process holds " + path));
+}
+
+TEST_F(Control, WhoComesWhenThereAreTooManyIsToldSo) {
+  const NamedServer one("one");
+  FallbackProxy proxy(proxy_toml({{"web", vip, 80, {backend(one)}}}));
+  std::vector<ControlClient> clients;
+  for (int i = 0; i < 16; ++i) {
+    clients.push_back(connect_to(*proxy.files()));
+    ASSERT_TRUE(clients.back().ask({{"request", "status"}})) << i;
+  }
+  const auto answer = connect_to(*proxy.files()).ask({{"request", "status"}});
+  ASSERT_FALSE(answer);
+  EXPECT_TRUE(contains(answer.error().message, "16 others ask it already")) << answer.error().message;
 }
 
 TEST_F(Control, GarbageIsAnsweredWithAnError) {

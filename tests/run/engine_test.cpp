@@ -175,9 +175,9 @@ TEST_F(RunEngine, WhatTheProxyHasServedIsRefusedWhenItHasEnded) {
     const Finished seen = clusterip({"status", "--pin", pin(), "--json"});
     EXPECT_EQ(seen.exit_code, fine) << seen.err;
     EXPECT_EQ(jq(".services[]|select(.name == \"far\")|[.engine, .reason]|join(\": \")", seen.out),
-              "userspace: its userspace engine has ended: connects are refused until one starts\n");
+              "userspace: no userspace engine carries it now: connects are refused\n");
     EXPECT_THAT(clusterip({"resolve", fmt::format("{}:{}", far.vip, vip_port), "--pin", pin()}).out,
-                HasSubstr("service far, engine userspace: which has ended, a connect() is refused"));
+                HasSubstr("service far, engine userspace: which does not carry it now: a connect() is refused"));
   }
   RunningService service(made);
   EXPECT_EQ(ask(far.vip, vip_port), answered_by("one"));
@@ -230,7 +230,9 @@ TEST_F(RunEngine, UnloadOnExitDoesWhatTheFileSays) {
   EXPECT_EQ(unloaded.exit_code, fine);
   EXPECT_EQ(unloaded.err, "");
   EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
-  EXPECT_EQ(clusterip({"unload", "--on-exit", "/nonexistent.toml"}).exit_code, fine);
+  const Finished unread = clusterip({"unload", "--on-exit", "/nonexistent.toml"});
+  EXPECT_EQ(unread.exit_code, fine);
+  EXPECT_THAT(unread.out, HasSubstr("the fast path and local routes stay as they are"));
   EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
   const auto detach = files(toml({web({backend(one_)})}), "on_exit = \"detach\"\n");
   EXPECT_EQ(clusterip({"unload", "--on-exit", detach->config()}).exit_code, fine);

@@ -173,6 +173,21 @@ TEST_F(RunWatch, MistakeIsToldOnceAndTheNextGoodFileServes) {
   EXPECT_EQ(status(*made).at("failed_reloads").to_number<int>(), 1);
 }
 
+TEST_F(RunWatch, WhoPutsBackWhatServesHasMendedIt) {
+  const auto made = files(toml({web({backend(one_)})}), watch);
+  const std::string good = read_text(made->config());
+  RunningService service(made);
+  for (const int failed : {1, 2}) {
+    rename_over(made->config(), "[[service]]\nname = 7\n");
+    service.wait_for_log("goes on serving");
+    rename_over(made->config(), good);
+    service.wait_for_log("reloaded: no service has changed");
+    const auto seen = status(*made);
+    EXPECT_TRUE(seen.at("last_reload_good").as_bool());
+    EXPECT_EQ(seen.at("failed_reloads").to_number<int>(), failed) << "the same mistake is told again";
+  }
+}
+
 TEST_F(RunWatch, ConfigMapThatSwapsItsLinkIsReadAgain) {
   // As the kubelet writes them: clusterip.toml -> ..data/clusterip.toml, ..data -> a directory of this version.
   const TemporaryDirectory volume;

@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <sstream>
 
 #include "tests/run/running.h"
@@ -123,6 +124,7 @@ TEST_F(RunStatus, ResolveTellsWhatTheUserspaceEngineCarries) {
                           "engine accepts it and chooses the only active backend"));
     EXPECT_THAT(resolve(*service.files(), "10.96.0.1:80"), HasSubstr("service web, engine bpf: a connect() reaches"));
     EXPECT_THAT(resolve(*service.files(), "127.0.1.3:80"), HasSubstr("not ours"));
+    EXPECT_THAT(resolve(*service.files(), "[::ffff:127.0.1.2]:80"), HasSubstr("service proxied, engine userspace"));
     const Finished json = clusterip({"resolve", "127.0.1.2:80", "--control", service.files()->control(), "--json"});
     EXPECT_EQ(jq("[.verdict, .service, .engine, .active_backends]|join(\" \")", json.out),
               "pass proxied userspace 1\n");
@@ -132,6 +134,23 @@ TEST_F(RunStatus, ResolveTellsWhatTheUserspaceEngineCarries) {
   RunningService all(files(proxy_toml({proxied({backend(one_)})}), "mode = \"userspace\"\n"));
   EXPECT_THAT(resolve(*all.files(), "127.0.1.2:80"), HasSubstr("engine userspace"));
   EXPECT_THAT(resolve(*all.files(), "10.96.0.1:80"), HasSubstr("not ours"));
+}
+
+TEST_F(RunStatus, ResolveTellsThatThePinsAreGone) {
+  RunningService service(files(toml({web({backend(one_)})})));
+  std::filesystem::remove_all(pin());
+  const Finished resolved = clusterip({"resolve", "10.96.0.1:80", "--control", service.files()->control()});
+  EXPECT_EQ(resolved.exit_code, failed);
+  EXPECT_THAT(resolved.err, HasSubstr(fmt::format("the daemon (pid {}) serves, but its pins at {} were removed",
+                                                  service.pid(), pin())));
+}
+
+TEST_F(RunStatus, ControlThatNoSocketCanHaveIsAMisuse) {
+  for (const char* verb : {"status", "trace"}) {
+    const Finished refused = clusterip({verb, "--control", "/" + std::string(107, 'x')});
+    EXPECT_EQ(refused.exit_code, usage);
+    EXPECT_THAT(refused.err, HasSubstr("--control: expected"));
+  }
 }
 
 TEST_F(RunStatus, SaysWhatTheUserspaceEngineIgnores) {

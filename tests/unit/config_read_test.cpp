@@ -503,6 +503,14 @@ TEST(ReadConfig, RefusesForDatagramsWhatSpeaksOfConnections) {
   EXPECT_EQ(mistakes_of(service("protocol = \"udp\"\nproxy_protocol = \"none\"")), Lines{});
 }
 
+TEST(ReadConfig, RefusesForTheEngineBpfWhatOnlyTheOtherDoes) {
+  EXPECT_EQ(
+      mistakes_of(service("engine = \"bpf\"\nproxy_protocol = \"v1\"")),
+      (Lines{"7:1: service \"a\": proxy_protocol: expected none, as only the userspace engine sends a header, and "
+             "engine is \"bpf\""}));
+  EXPECT_EQ(mistakes_of(service("engine = \"bpf\"\nproxy_protocol = \"none\"")), Lines{});
+}
+
 TEST(ReadConfig, ProposesTheWordThatIsNear) {
   EXPECT_THAT(mistakes_of(service("policy = \"magelv\"")), ElementsAre(HasSubstr("did you mean \"maglev\"?")));
 }
