@@ -130,6 +130,12 @@ def services(**weights):
     return f'[[service]]\nname = "web"\nvip = "{VIP}"\nport = {PORT}\nbackends = [ {backends} ]\n'
 
 
+def many_services(count):
+    """So many more, of one backend each."""
+    return "".join(f'[[service]]\nname = "service{number}"\nvip = "10.97.{number // 250}.{number % 250}"\nport = 80\n'
+                   f'backends = [ "127.0.1.1:80" ]\n' for number in range(count))
+
+
 class Client:
     """A curl that asks so many times, one after the other, each of the answers on a line."""
 
