@@ -84,8 +84,10 @@ end
 
 local function shown()
     if not handle then return problem .. "\n" end
+    local services, why = handle:services()
+    if not services then return why .. "\n" end
     local lines = {}
-    for _, service in ipairs(handle:services()) do
+    for _, service in ipairs(services) do
         lines[#lines + 1] = string.format("service %s vip %s port %d connects %d refused %d live %d\n", service.name, service.vip,
                                           service.port, service.connects, service.refused, service.live)
         for _, backend in ipairs(service.backends) do
