@@ -30,7 +30,7 @@ class Scenario(unittest.TestCase):
 
     url = f"http://{stage.VIP}:{stage.PORT}/"  # a host that is no proxy: its clients go to the VIP
     client_options = ("-H", "Connection: close")
-    requests = 3000
+    requests = 10000
 
     @classmethod
     def setUpClass(cls):
@@ -153,7 +153,6 @@ class Scenario(unittest.TestCase):
 class Nginx(Scenario):
     url = "http://127.0.0.1:8080/"
     client_options = ()
-    requests = 10000
     plugin = stage.PLUGIN
 
     def write_conf(self, more=""):
@@ -325,7 +324,6 @@ class Nginx(Scenario):
 class Haproxy(Scenario):
     url = "http://127.0.0.1:8080/"
     client_options = ()
-    requests = 10000
 
     def start(self):
         directory = self.directory.path
