@@ -868,7 +868,12 @@ Result<CanaryResult> BpfEngine::canary() {
   }
   auto cgroup = open_cgroup(path);
   if (!cgroup) {
-    return std::unexpected(cgroup.error());
+    auto error = std::move(cgroup.error());
+    // Removed, and what was attached to it has ended: the same to a host as one that was made again.
+    if (error.code == -ENOENT || error.code == -ENOTDIR || error.code == -EINVAL) {
+      error.code = -ENOTCONN;
+    }
+    return std::unexpected(std::move(error));
   }
   if (cgroup->id != id) {
     return fail(-ENOTCONN, "the cgroup " + path + " is not the one that was attached to: that one is gone");

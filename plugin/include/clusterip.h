@@ -25,6 +25,7 @@
  *     -EPERM       privileges are missing (CAP_BPF and CAP_NET_ADMIN, before Linux 6.8 CAP_PERFMON as well; or root; a
  *                  memory-lock limit before Linux 5.11)
  *     -EBADMSG     the configuration has mistakes; line and column say where the first one is
+ *     -ENOTCONN    of clusterip_canary: what was attached is gone, attach again
  *     -EBUSY       another process owns the pinned state at this pin path
  *     -ESTALE      the pins were removed behind this handle's back: close it, and what it has attached ends
  *     -EPROTO      pinned state that is damaged, of another version, or not ours
@@ -334,7 +335,8 @@ int clusterip_visit_services(clusterip *handle, clusterip_service_visitor visit,
 /*
  * Prove that the hook is at work: a short-lived child in the cgroup connects UDP sockets (no traffic) to a reserved VIP.
  * 0 when the connect() was rewritten and the one to an unserved port refused; ret (may be NULL) has what was seen.
- * Errors: -ENOTCONN not attached, or not rewritten; -EPROTO not refused; -ESTALE the pins were removed: what serves ends
+ * Errors: -ENOTCONN not attached, not rewritten, or the cgroup that was attached to is not there any more: what was attached
+ * is gone, and clusterip_attach on the same handle attaches anew; -EPROTO not refused; -ESTALE the pins were removed: what serves ends
  * with this handle; -EEXIST a fast path with other pins is attached to the same cgroup and may decide first.
  */
 int clusterip_canary(clusterip *handle, clusterip_canary_result *ret, clusterip_error *reterr);

@@ -45,6 +45,8 @@ def differences(before, after):
 
 
 class Abi(unittest.TestCase):
+    maxDiff = None  # what abidiff says, all of it
+
     @classmethod
     def setUpClass(cls):
         if platform.machine() != "x86_64":

@@ -14,6 +14,9 @@ import stage
 from stage import ask, run, services, wait_for
 
 RELOADS = 100
+# In a cgroup namespace with something else where the hierarchy is, a process is in a root without cgroup.type. Nothing could be
+# attached to it from there: it is no cgroup at all.
+IN_A_ROOT = ("unshare", "--cgroup", "--mount", "sh", "-c", f'mount -t tmpfs none {stage.cgroup_mount()} && exec "$@"', "sh")
 NGINX = shutil.which("nginx", path="/usr/sbin:" + os.environ["PATH"])  # a new binary is started by its path
 
 
@@ -27,7 +30,7 @@ class Scenario(unittest.TestCase):
 
     url = f"http://{stage.VIP}:{stage.PORT}/"  # a host that is no proxy: its clients go to the VIP
     client_options = ("-H", "Connection: close")
-    requests = 3000
+    requests = 10000
 
     @classmethod
     def setUpClass(cls):
@@ -101,9 +104,9 @@ class Scenario(unittest.TestCase):
 
     def test_odd_files_are_refused(self):
         self.file.unlink()
-        self.refused_reload_says("No such file")
+        self.reload_says("No such file")
         os.mkfifo(self.file)
-        self.refused_reload_says("expected a regular file")
+        self.reload_says("expected a regular file")
         self.answers_come_from("backend1", "backend2")
         self.configure(services(backend3=1))
         self.reload()
@@ -115,9 +118,12 @@ class Scenario(unittest.TestCase):
                 run("bpftool", "link", "detach", "id", number)
         self.assertEqual(self.cgroup.attached(), [])
 
-    def test_reload_says_that_nothing_is_attached_any_more(self):
+    def test_reload_attaches_again_what_somebody_detached(self):
         self.detach_behind_its_back()
-        self.refused_reload_says("was not rewritten")
+        self.reload_says("was not rewritten")
+        wait_for("it is attached again", self.cgroup.attached)
+        self.answers_come_from("backend1", "backend2")
+        self.assertEqual(len([line for line in self.cgroup.attached() if "sock4_connect" in line]), 1)
 
     def test_end_leaves_nothing(self):
         self.assertIn("sock4_connect", "".join(self.cgroup.attached()))
@@ -147,12 +153,13 @@ class Scenario(unittest.TestCase):
 class Nginx(Scenario):
     url = "http://127.0.0.1:8080/"
     client_options = ()
-    requests = 10000
-    def write_conf(self):
+    plugin = stage.PLUGIN
+
+    def write_conf(self, more=""):
         return self.directory.write("nginx.conf", f"""load_module {stage.BUILD}/plugin/hosts/nginx/ngx_clusterip_module.so;
             user www-data; worker_processes 1; pid {self.directory.path}/nginx.pid; error_log {self.directory.path}/error.log notice;
-            clusterip_plugin {stage.PLUGIN};
-            clusterip {self.file};
+            clusterip_plugin {self.plugin};
+            clusterip {self.file}; {more}
             events {{ worker_connections 4096; }}
             http {{ {stage.nginx_paths(self.directory.path)} keepalive_requests 100000; server {{ listen 127.0.0.1:8080;
               location / {{ proxy_pass http://{stage.VIP}:{stage.PORT}; }}
@@ -188,22 +195,61 @@ class Nginx(Scenario):
         self.assertEqual(stage.children(self.pid), workers)
         return tested.stderr
 
-    def refused_reload_says(self, words):
+    def reload_says(self, words):
         os.kill(self.pid, signal.SIGHUP)
         wait_for(words, lambda: words in self.log())
-
-    def test_reload_says_that_nothing_is_attached_any_more(self):
-        """And attaches anew."""
-        super().test_reload_says_that_nothing_is_attached_any_more()
-        wait_for("it is attached anew", self.cgroup.attached)
-        self.answers_come_from("backend1", "backend2")
-        self.assertEqual(stage.threads(self.pid), 2)
 
     def check_counters(self, answers):
         shown = lambda: run("curl", "-s", self.url + "status").stdout
         total = lambda: sum(map(int, re.findall(r"backend .* connects (\d+) ", shown())))
         wait_for("the counters are of now", lambda: total() > self.requests)
         self.check_shown(shown(), answers)
+
+    def test_counters_that_do_not_fit_are_cut(self):
+        shown = lambda: run("curl", "-s", self.url + "status").stdout
+        self.configure(services(backend1=1) + stage.many_services(500))
+        self.reload()
+        text = wait_for("it is cut", lambda: (text := shown()).endswith("\n# cut\n") and text)
+        self.assertLess(len(text), 65536)
+        self.assertGreater(len(text), 65536 - 200)  # all that does fit is there
+        for line in text.splitlines()[:-1]:
+            self.assertRegex(line, r"^(service \S+ vip \S+ port \d+ protocol tcp connects|"
+                                   r"  backend \S+ port 80 weight \d+ state active connects) \d+ (refused|failures) 0 live \d+$")
+        self.configure(services(backend1=1))
+        self.reload()
+        wait_for("all of it is shown", lambda: "service web " in (text := shown()) and "# cut" not in text)
+
+    def test_changed_plugin_takes_over(self):
+        self.addCleanup(setattr, self, "plugin", stage.PLUGIN)
+        self.plugin = self.directory.path / "nowhere.so"
+        self.write_conf()
+        self.reload_says(f'clusterip_plugin "{self.plugin}": {self.plugin}: cannot open')
+        self.answers_come_from("backend1", "backend2")
+        self.plugin = self.directory.path / "another.so"
+        shutil.copy(stage.PLUGIN, self.plugin)
+        self.write_conf()
+        load = stage.Load(self.url, *self.client_options)
+        self.addCleanup(load.thread.join)
+        try:
+            self.reload()
+        finally:
+            load.stop()
+        maps = pathlib.Path(f"/proc/{self.pid}/maps").read_text()
+        self.assertEqual((str(self.plugin) in maps, str(stage.PLUGIN.resolve()) in maps), (True, False))
+        self.assertEqual(len([line for line in self.cgroup.attached() if "sock4_connect" in line]), 1)
+        self.assertEqual(stage.threads(self.pid), 2)
+        self.assertIn(f"by {self.plugin}, version ", self.log())
+
+    def test_start_without_a_cgroup_is_refused(self):
+        self.stop()
+        for words, more, *before in (("clusterip_cgroup is missing: this process is in the root cgroup: name one", "", *IN_A_ROOT),
+                                     ("opening the cgroup /nowhere: No such file", "clusterip_cgroup /nowhere;")):
+            with self.subTest(words):
+                conf = self.write_conf(more)
+                done = run(*before, NGINX, "-c", conf, "-e", "stderr", check=False)
+                self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+                self.assertIn(words, done.stderr)
+                self.assertEqual(self.cgroup.attached(), [])
 
     def test_rejected_nginx_conf_leaves_the_services(self):
         """The services are good, and something else is not: nothing of the new configuration may be in force."""
@@ -278,7 +324,6 @@ class Nginx(Scenario):
 class Haproxy(Scenario):
     url = "http://127.0.0.1:8080/"
     client_options = ()
-    requests = 10000
 
     def start(self):
         directory = self.directory.path
@@ -325,27 +370,67 @@ backend back
         self.assertRegex(checked.stderr, r"services\.toml:6:1: ")
         return self.command("clusterip reload")
 
-    def refused_reload_says(self, words):
+    def reload_says(self, words):
         self.assertIn(words, self.command("clusterip reload"))
 
-    def test_reload_starts_what_could_not_start(self):
-        self.stop()
-        later = self.cgroup.path / "later"
-        self.conf.write_text(self.conf.read_text().replace("global\n", f"global\n    setenv CLUSTERIP_CGROUP {later}\n"))
+    def with_globals(self, *lines):
+        self.conf.write_text(self.conf.read_text().replace("global\n", "".join(["global\n", *(f"    {line}\n" for line in lines)])))
+
+    def start_again(self):
         run("haproxy", "-D", "-f", self.conf)
         self.pid = int((self.directory.path / "haproxy.pid").read_text())
-        self.refused_reload_says(str(later))
+        self.addCleanup(self.end_if_it_runs)
+
+    def test_start_without_a_fast_path_is_refused(self):
+        self.stop()
+        conf = self.conf.read_text()
+        for words, line, *before in (("clusterip: this process is in the root cgroup: name one", "", *IN_A_ROOT),
+                                     ("clusterip: opening the cgroup /nowhere: No such file", "setenv CLUSTERIP_CGROUP /nowhere")):
+            with self.subTest(words):
+                self.conf.write_text(conf)
+                self.with_globals(line)
+                self.assertEqual(run(*before, "haproxy", "-c", "-f", self.conf, check=False).returncode, 0)  # as nginx -t
+                done = run(*before, "haproxy", "-D", "-f", self.conf, check=False)
+                self.assertEqual((done.returncode, done.stderr.count("[ALERT]")), (1, 1), done.stderr)
+                self.assertIn(words, done.stderr)
+                self.assertEqual(self.cgroup.attached(), [])
+        self.conf.write_text(conf.replace("lua-load ", "lua-load-per-thread "))
+        done = run("haproxy", "-c", "-f", self.conf, check=False)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("expected lua-load, got lua-load-per-thread", done.stderr)
+
+    def test_privileges_that_are_given_up_are_missed(self):
+        self.stop()
+        self.with_globals("user nobody")
+        self.start_again()
+        said = wait_for("it says so", lambda: (said := self.command("show clusterip")) != "not attached yet\n\n" and said)
+        self.assertRegex(said, r"CAP_BPF.*do `user`, `group` or `chroot` take that away")
+        self.assertEqual(run("curl", "-s", self.url + "status", "-w", "%{http_code}").stdout, said.rstrip("\n") + "\n503")
+
+    def test_reload_starts_what_could_not_start(self):
+        """The cgroup is there when HAProxy tries, and not when the process that serves wants it."""
+        self.stop()
+        later = self.cgroup.path / "later"
+        later.mkdir()
+        remove = self.directory.write("remove.lua", f"core.register_init(function() assert(os.remove('{later}')) end)\n")
+        self.with_globals(f"setenv CLUSTERIP_CGROUP {later}")
+        self.conf.write_text(self.conf.read_text().replace("    pidfile", f"    lua-load {remove}\n    pidfile"))
+        self.start_again()
+        wait_for("it says so", lambda: str(later) in self.command("show clusterip"))
+        self.reload_says(str(later))
         later.mkdir()
         self.addCleanup(later.rmdir)
-        self.addCleanup(self.end_if_it_runs)
         self.reload()
         self.assertIn("service web ", self.command("show clusterip"))
         self.assertIn("sock4_connect", run("bpftool", "cgroup", "show", later).stdout)
+        self.stop()  # before the cgroup is removed
 
     def test_reload_of_haproxy_itself(self):
         """Another worker, with a handle of its own, which is attached beside that of the old one."""
         self.stop()
-        master = subprocess.Popen(["haproxy", "-W", "-f", self.conf, "-p", self.directory.path / "master.pid"])
+        self.said = self.directory.write("said", "")
+        with self.said.open("a") as output:
+            master = subprocess.Popen(["haproxy", "-W", "-f", self.conf, "-p", self.directory.path / "master.pid"], stderr=output)
         self.addCleanup(master.wait)
         self.addCleanup(master.terminate)
         self.answers_come_from("backend1", "backend2")
@@ -355,6 +440,31 @@ backend back
         master.send_signal(signal.SIGUSR2)
         wait_for("another worker alone", lambda: len(now := stage.children(master.pid)) == 1 and not now & workers)
         self.answers_come_from("backend3")
+        self.refused_reload_of_haproxy_itself(master)
+        self.reload_with_another_plugin(master)
+
+    def refused_reload_of_haproxy_itself(self, master):
+        """There can be no fast path: the old worker serves on."""
+        conf, workers = self.conf.read_text(), stage.children(master.pid)
+        self.with_globals("setenv CLUSTERIP_CGROUP /nowhere")
+        master.send_signal(signal.SIGUSR2)
+        wait_for("the master refuses", lambda: "opening the cgroup /nowhere" in self.said.read_text())
+        self.assertEqual(stage.children(master.pid), workers)
+        self.answers_come_from("backend3")
+        self.conf.write_text(conf)
+
+    def reload_with_another_plugin(self, master):
+        another = self.directory.path / "another.so"
+        shutil.copy(stage.PLUGIN, another)
+        self.conf.write_text(self.conf.read_text().replace(str(stage.PLUGIN), str(another)))
+        self.with_globals(f"setenv CLUSTERIP_CGROUP {self.cgroup.path}")  # without it, the master has yet what was refused
+        workers = stage.children(master.pid)
+        master.send_signal(signal.SIGUSR2)
+        wait_for("another worker alone", lambda: len(now := stage.children(master.pid)) == 1 and not now & workers)
+        (worker,) = stage.children(master.pid)
+        self.answers_come_from("backend3")
+        maps = pathlib.Path(f"/proc/{worker}/maps").read_text()
+        self.assertEqual((str(another) in maps, str(stage.PLUGIN.resolve()) in maps), (True, False))
 
     def check_counters(self, answers):
         for shown in (self.command("show clusterip"), run("curl", "-s", self.url + "status").stdout):
@@ -388,19 +498,17 @@ class Program(Scenario):
         self.hears("services.toml:")
         return self.said.read_text()
 
-    def refused_reload_says(self, words):
+    def reload_says(self, words):
         self.process.send_signal(signal.SIGHUP)
         self.hears(words)
 
     def test_bad_start_is_one_line(self):
-        """In a cgroup namespace with something else where the hierarchy is, a process is in a root without cgroup.type."""
-        root = ("unshare", "--cgroup", "--mount", "sh", "-c", f'mount -t tmpfs none {stage.cgroup_mount()} && exec "$@"', "sh")
         for status, words, *command in ((2, "usage: ", *self.command()),
                                         (1, "cannot open", *self.command(), "/nowhere/libclusterip.so.1", self.file),
                                         (1, "clusterip_abi_version", *self.command(), "libm.so.6", self.file),
                                         (1, "No such file", *self.command(), stage.PLUGIN, "/nowhere/services.toml"),
                                         (1, "this process is in the root cgroup: name one",
-                                         *root, *self.command(), stage.PLUGIN, self.file)):
+                                         *IN_A_ROOT, *self.command(), stage.PLUGIN, self.file)):
             with self.subTest(words):
                 done = run(*command, check=False)
                 self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (status, "", 1), done.stderr)

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -75,8 +76,14 @@ class Cgroup:
 
     def remove(self):
         (self.before / "cgroup.procs").write_text("0")
-        wait_for("the cgroup is empty", lambda: not (self.path / "cgroup.procs").read_text())
-        self.path.rmdir()
+        processes = lambda: [int(line) for line in (self.path / "cgroup.procs").read_text().splitlines()]
+        try:
+            wait_for("the cgroup is empty", lambda: not processes())
+        finally:
+            for process in processes():  # a test that failed has left them
+                os.kill(process, signal.SIGKILL)
+            wait_for("the cgroup is empty", lambda: not processes())
+            self.path.rmdir()
 
     def attached(self):
         """The programs on it, as bpftool shows them."""
@@ -128,6 +135,12 @@ def services(**weights):
     backends = ", ".join(f'{{ address = "{BACKENDS[name].split(":")[0]}", port = 80, weight = {weight} }}'
                          for name, weight in weights.items())
     return f'[[service]]\nname = "web"\nvip = "{VIP}"\nport = {PORT}\nbackends = [ {backends} ]\n'
+
+
+def many_services(count):
+    """So many more, of one backend each."""
+    return "".join(f'[[service]]\nname = "service{number}"\nvip = "10.97.{number // 250}.{number % 250}"\nport = 80\n'
+                   f'backends = [ "127.0.1.1:80" ]\n' for number in range(count))
 
 
 class Client:

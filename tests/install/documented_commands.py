@@ -46,11 +46,12 @@ CGROUPS = "/sys/fs/cgroup"  # of the sandbox
 TRIAL = f"{CGROUPS}/trial"
 PATIENCE = 30  # seconds, for whatever is awaited: far more than it takes
 
-DOCUMENTS = ["README.md"] + sorted(str(path.relative_to(SOURCE)) for path in SOURCE.glob("docs/**/*.md"))
+DOCUMENTS = ["README.md"] + sorted(str(path.relative_to(SOURCE)) for path in SOURCE.glob("docs/**/*.md")) + \
+    ["plugin/hosts/README.md"]
 
 # What begins a command, in a list of commands and in prose.
-PROGRAMS = set("""sudo clusterip fallback_proxy bpftool cat apt cmake curl echo find findmnt fuser ip iperf3 journalctl mkdir
-                  mount nft promtool rm ss sysctl systemctl systemd-cgls ulimit uname""".split())
+PROGRAMS = set("""sudo clusterip fallback_proxy bpftool cat cc cp apt cmake curl echo find findmnt fuser ip iperf3 journalctl mkdir
+                  mount nft nginx/build promtool rm ss sysctl systemctl systemd-cgls ulimit uname""".split())
 
 
 # --- the documents ------------------------------------------------------------------------------------------------------
@@ -172,6 +173,8 @@ class Elsewhere:
 ROUTES, NO_ROUTES = " && ip route show table local proto 96", (r"\A(?!.*local)",)
 BENCHMARK = "a benchmark: minutes, and figures that nobody judges"
 GUEST = "tests/systemd/scenario"
+IN_AN_INSTALLATION = Elsewhere("Install.Hosts runs them all, in order, as the document has them", "tests/install/install_test.py",
+                               'run("bash", "-ec", commands')
 
 BLOCKS = {
     "README.md": {
@@ -286,6 +289,13 @@ BLOCKS = {
         "sudo clusterip resolve 10.96.96.96:5201": Run(holds=("reaches",)),
         "sudo bpftool cgroup tree": Run(holds=(r"/trial\b[^/]*sock4_connect",)),
     },
+    "plugin/hosts/README.md": {
+        "cp -r /usr/share/doc/libclusterip-dev/examples/hosts hosts && cd hosts": IN_AN_INSTALLATION,
+        "cc -std=c99 -O2 -I. $(pkg-config --cflags clusterip) -o host c/host.c -ldl": IN_AN_INSTALLATION,
+        "cc -std=c99 -O2 -shared -fPIC -I. $(pkg-config --cflags clusterip lua5.3) -o clusterip_lua.so haproxy/clusterip_lua.c "
+        "-ldl": IN_AN_INSTALLATION,
+        "nginx/build .": IN_AN_INSTALLATION,
+    },
     "docs/man/clusterip.1.md": {
         "clusterip check /etc/clusterip/clusterip.toml && systemctl reload clusterip":
             Elsewhere("it takes systemd", GUEST, "systemctl reload clusterip && within 30 answers $vip backend2"),
@@ -351,6 +361,8 @@ PROSE = {
     "clusterip unload --on-exit FILE":
         Run("loaded", instead=f"clusterip unload --on-exit keep.toml && test -e {PIN}/sock4_connect && "
                               f"clusterip unload --on-exit detach.toml && ! test -e {PIN}"),
+    "curl http://10.96.96.96:5201/":
+        Elsewhere("each host has this VIP in its tests", "tests/hosts/hosts_test.py", 'url = f"http://{stage.VIP}:{stage.PORT}/"'),
     "echo 0 > CGROUP/cgroup.freeze": Run("frozen", instead=f"echo 0 > {CGROUPS}/other/cgroup.freeze && "
                                                            f"cat {CGROUPS}/other/cgroup.events", holds=("frozen 0",)),
     "fallback_proxy --cleanup": Run("proxy killed", instead="fallback_proxy --cleanup" + ROUTES, holds=NO_ROUTES),
@@ -1091,8 +1103,9 @@ def add_a_test(document):
     setattr(Commands, "test_commands_of_" + re.sub(r"\W+", "_", document.removesuffix(".md")), test)
 
 
-for each in BLOCKS:
-    add_a_test(each)
+for each, table in BLOCKS.items():
+    if any(isinstance(how, Run) for how in table.values()):
+        add_a_test(each)
 
 
 # --- the sandbox from outside ---------------------------------------------------------------------------------------------

@@ -125,6 +125,69 @@ class Tree(Installed):
         self.consumer_runs(build / "consumer")
 
 
+class Hosts(Installed):
+    """The hosts to copy from, as somebody has them who has the library and its header installed, and nothing else of clusterip."""
+
+    @classmethod
+    def setUpClass(cls):
+        if cached("CMAKE_INSTALL_PREFIX") != "/usr":
+            return
+        cls.made = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.made.cleanup)
+        root, cls.copy = pathlib.Path(cls.made.name) / "root", pathlib.Path(cls.made.name) / "hosts"
+        for component in ("library", "development"):
+            run(CMAKE, "--install", BUILD, "--component", component, env={**os.environ, "DESTDIR": str(root)})
+        library = root / "usr/lib" / multiarch()
+        cls.plugin = library / "libclusterip.so.1"
+        config = library / "pkgconfig/clusterip.pc"  # as of an installation that is there
+        config.write_text(config.read_text().replace("=/usr", f"={root}/usr"))
+        text = (root / "usr/share/doc/libclusterip-dev/examples/hosts/README.md").read_text()
+        commands = re.search(r"^```\n(.*?)^```$", text, re.M | re.S)[1].replace("/usr/share/doc", f"{root}/usr/share/doc")
+        run("bash", "-ec", commands, cwd=cls.made.name, env={**os.environ, "PKG_CONFIG_PATH": str(config.parent)})
+        cls.file = cls.copy / "services.toml"
+        cls.file.write_text(re.search(r"^```toml\n(.*?)^```$", text, re.M | re.S)[1])
+
+    def ends_for_want_of_a_cgroup(self, *command):
+        """So the library is in use, and nothing else is wanting."""
+        done = run(*command, self.plugin, self.file, "/nowhere", check=False)
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+        self.assertIn("opening the cgroup /nowhere", done.stderr)
+
+    def test_host_in_c(self):
+        self.ends_for_want_of_a_cgroup(self.copy / "host")
+
+    def test_host_in_python(self):
+        self.ends_for_want_of_a_cgroup("python3", "-B", self.copy / "python/host.py")
+
+    def test_module_for_haproxy(self):
+        conf = self.copy / "haproxy.cfg"
+        conf.write_text(f"""global
+    setenv CLUSTERIP_FILE {self.file}
+    setenv CLUSTERIP_PLUGIN {self.plugin}
+    lua-prepend-path {self.copy}/?.so cpath
+    lua-load {self.copy}/haproxy/clusterip.lua
+listen any
+    mode tcp
+    timeout client 1s
+    timeout connect 1s
+    timeout server 1s
+    bind unix@{self.copy}/any.sock
+""")
+        # From where its Lua would find clusterip.lua as a module, too.
+        self.assertIn("Configuration file is valid", run("haproxy", "-c", "-f", conf, cwd=self.copy / "haproxy").stdout)
+        conf.write_text(conf.read_text().replace(str(self.plugin), "/nowhere.so"))
+        self.assertIn("/nowhere.so: cannot open", run("haproxy", "-c", "-f", conf, check=False).stderr)
+
+    def test_module_for_nginx(self):
+        conf = self.copy / "nginx.conf"
+        conf.write_text(f"load_module {self.copy}/ngx_clusterip_module.so; pid {self.copy}/nginx.pid; error_log stderr;\n"
+                        f"clusterip_plugin {self.plugin}; clusterip {self.file}; events {{}}\n")
+        nginx = shutil.which("nginx", path="/usr/sbin:" + os.environ["PATH"])
+        self.assertIn("test is successful", run(nginx, "-t", "-c", conf, "-e", "stderr").stderr)
+        conf.write_text(conf.read_text().replace(str(self.plugin), "/nowhere.so"))
+        self.assertIn("/nowhere.so: cannot open", run(nginx, "-t", "-c", conf, "-e", "stderr", check=False).stderr)
+
+
 class Packages(Installed):
     @classmethod
     def setUpClass(cls):

@@ -86,6 +86,19 @@ TEST_F(Report, CanarySeesThatSomebodyDetachedIt) {
   EXPECT_TRUE(ok(handle.detach()));
 }
 
+TEST_F(Report, AttachMendsWhatSomebodyDetached) {
+  const NamedServer server("server");
+  for (const Paths& paths : {unpinned(), pinned()}) {
+    Handle handle = serve(toml({{"web", "10.96.0.1", 80, {backend(server)}}}), paths);
+    for (const std::uint32_t id : objects_of(cgroup()).links) detach_link(id);
+    EXPECT_TRUE(fails_with(-ENOTCONN, handle.canary()));
+    EXPECT_TRUE(ok(handle.attach()));
+    EXPECT_TRUE(ok(handle.canary()));
+    EXPECT_EQ(ask("10.96.0.1", 80), answered_by("server"));
+    EXPECT_TRUE(ok(handle.detach()));
+  }
+}
+
 TEST_F(Report, CanarySeesWhichProgramIsNotAttached) {
   const NamedServer server("server");
   const std::string text = toml({{"web", "10.96.0.1", 80, {backend(server)}}});
@@ -175,9 +188,16 @@ TEST_F(Report, CanarySeesThatItsCgroupIsGone) {
   Handle handle = serve(toml({}), {path, {}, 0});
   EXPECT_TRUE(ok(handle.canary()));
   separate.reset();
-  EXPECT_TRUE(fails_with(-ENOENT, handle.canary()));
+  const Outcome outcome = handle.canary();
+  EXPECT_TRUE(fails_with(-ENOTCONN, outcome));
+  EXPECT_EQ(outcome.message, "opening the cgroup " + path + ": No such file or directory");
+  EXPECT_TRUE(fails_with(-ENOENT, handle.attach())) << "no cgroup to attach to";
   ASSERT_EQ(::mkdir(path.c_str(), 0755), 0);
   EXPECT_TRUE(fails_with(-ENOTCONN, handle.canary())) << "another one of that name";
+  // The kernel ends links some moments after their cgroup.
+  EXPECT_TRUE(eventually([&] { return bool(ok(handle.attach())); }));
+  EXPECT_TRUE(ok(handle.canary()));
+  EXPECT_TRUE(ok(handle.detach()));
   EXPECT_TRUE(eventually([&] { return ::rmdir(path.c_str()) == 0; }));
 }
 

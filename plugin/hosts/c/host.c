@@ -56,6 +56,23 @@ static int load(clusterip *handle, const char *path)
 	return code ? -1 : 0;
 }
 
+/*
+ * A canary's connect is rewritten. A load does not see that somebody has detached what was attached, or that its cgroup was
+ * removed and made again; this does, and mends it.
+ */
+static int prove(clusterip *handle)
+{
+	clusterip_error error = { .size = sizeof error };
+	int code = plugin.canary(handle, NULL, &error);
+
+	if (code == -ENOTCONN) {
+		fail("canary", &error);
+		if (plugin.attach(handle, &error)) return fail("attach", &error);
+		code = plugin.canary(handle, NULL, &error);
+	}
+	return code ? fail("canary", &error) : 0;
+}
+
 int main(int argc, char **argv)
 {
 	clusterip_error error = { .size = sizeof error };
@@ -102,7 +119,7 @@ int main(int argc, char **argv)
 	/* 4. The services, then the hooks: from attach on, connects are rewritten. The canary has seen one that was. */
 	if (load(handle, argv[2])) return 1;
 	if (plugin.attach(handle, &error)) return fail("attach", &error);
-	if (plugin.canary(handle, NULL, &error)) return fail("canary", &error);
+	if (prove(handle)) return 1;
 	printf("attached to %s\n", options.cgroup_path);
 
 	/* 5. The loop of a host. The kernel writes events for so long, and a host that wants more asks in time. */
@@ -115,12 +132,7 @@ int main(int argc, char **argv)
 		if (!wait[0].revents) continue;
 		if (read(signal_fd, &got, sizeof got) != sizeof got || got.ssi_signo != SIGHUP) break;
 		/* The same handle: a service that the new file has, too, is there at every moment. */
-		if (load(handle, argv[2])) continue;
-		/* A load does not see that what was attached is gone. */
-		if (plugin.canary(handle, NULL, &error))
-			fail("canary", &error);
-		else
-			printf("reloaded\n");
+		if (load(handle, argv[2]) == 0 && prove(handle) == 0) printf("reloaded\n");
 	}
 
 	/* 6. Take it away. Without pins, close alone does that as well, and so does the end of the process, however it comes. */

@@ -2,12 +2,13 @@
 /*
  * The plugin for Lua 5.3, as HAProxy has it. A handle is an object of Lua, which ends with it:
  *
- *     local clusterip = require("clusterip")
- *     clusterip.use("libclusterip.so.1")             -- dlopen; an error when it cannot be used
+ *     local clusterip = require("clusterip_lua")
+ *     clusterip.use("libclusterip.so.1")             -- dlopen; an error when it cannot be used, or another one is in use
  *     clusterip.read(path)                           -- the text of a file, or nil and why
  *     clusterip.check(text, name)                    -- nil, or the mistakes, a line each
  *     local handle = clusterip.open(cgroup)          -- nil: the process's own; each of these: nil and a message on failure
- *     handle:load(text, name)  handle:attach()  handle:canary()  handle:close()
+ *     handle:load(text, name)  handle:attach()  handle:close()
+ *     handle:canary()                                -- on failure a third value: whether what was attached is gone
  *     handle:services()                              -- { { name=, vip=, port=, connects=, refused=, live=, backends={ ... } } }
  */
 #define _GNU_SOURCE
@@ -45,17 +46,21 @@ static clusterip *handle_of(lua_State *state)
 
 static int use(lua_State *state)
 {
+	static char used[4096];
+	const char *path = luaL_checkstring(state, 1), *why;
 	struct clusterip_plugin found;
-	const char *why;
 
-	if (plugin.library) return succeeded(state);
-	why = clusterip_plugin_load(&found, luaL_checkstring(state, 1));
+	if (plugin.library && strcmp(path, used) == 0) return succeeded(state);
+	if (plugin.library) return luaL_error(state, "%s: another one is in use: %s", path, used);
+	luaL_argcheck(state, strlen(path) < sizeof used, 1, "the path is too long");
+	why = clusterip_plugin_load(&found, path);
 	if (why) {
 		lua_pushstring(state, why);
 		clusterip_plugin_unload(&found);
 		return lua_error(state);
 	}
 	plugin = found;
+	strcpy(used, path);
 	return succeeded(state);
 }
 
@@ -176,8 +181,12 @@ static int attach(lua_State *state)
 static int canary(lua_State *state)
 {
 	clusterip_error error = { .size = sizeof error };
+	int code = plugin.canary(handle_of(state), NULL, &error);
 
-	return plugin.canary(handle_of(state), NULL, &error) ? failed(state, &error) : succeeded(state);
+	if (!code) return succeeded(state);
+	failed(state, &error);
+	lua_pushboolean(state, code == -ENOTCONN);
+	return 3;
 }
 
 /* A visit, with what belongs to it copied. */
@@ -291,7 +300,7 @@ static int close_handle(lua_State *state)
 	return 0;
 }
 
-int luaopen_clusterip(lua_State *state)
+int luaopen_clusterip_lua(lua_State *state)
 {
 	static const luaL_Reg functions[] = {
 		{ "use", use }, { "read", read_file }, { "check", check }, { "open", open_handle }, { NULL, NULL }

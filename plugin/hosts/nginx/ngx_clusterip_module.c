@@ -52,7 +52,7 @@ static struct {
 	ngx_cycle_t *cycle; /* whose configuration is in force */
 	struct clusterip_plugin plugin;
 	clusterip *handle;
-	char cgroup[NGX_MAX_PATH];
+	char cgroup[NGX_MAX_PATH], plugin_path[NGX_MAX_PATH];
 	pthread_mutex_t mutex; /* a handle is used by one thread at a time: for `handle` */
 	pthread_cond_t stop;
 	int reporting, stopping;
@@ -202,7 +202,7 @@ static void end_fast_path(void)
 	publish("", 0, 0);
 }
 
-/* A fast path for the cgroup of this configuration; an old one, for another, ends when the new one is attached. */
+/* A fast path for the cgroup and by the plugin of this configuration; an old one ends when the new one is attached. */
 static ngx_int_t begin_fast_path(ngx_clusterip_conf_t *conf, ngx_log_t *log)
 {
 	clusterip_error error = { .size = sizeof error };
@@ -230,26 +230,40 @@ static ngx_int_t begin_fast_path(ngx_clusterip_conf_t *conf, ngx_log_t *log)
 	fast_path.plugin = plugin;
 	fast_path.handle = handle;
 	ngx_cpystrn((u_char *)fast_path.cgroup, conf->cgroup.data, sizeof fast_path.cgroup);
+	ngx_cpystrn((u_char *)fast_path.plugin_path, conf->plugin.data, sizeof fast_path.plugin_path);
 	start_reporter(log);
-	ngx_log_error(NGX_LOG_NOTICE, log, 0, "clusterip \"%V\": attached to %V", &conf->file, &conf->cgroup);
+	ngx_log_error(NGX_LOG_NOTICE, log, 0, "clusterip \"%V\": attached to %V by %V, version %s", &conf->file,
+	              &conf->cgroup, &conf->plugin, plugin.version_string());
 	return NGX_OK;
 }
 
 static ngx_int_t change_services(ngx_clusterip_conf_t *conf, ngx_log_t *log)
 {
 	clusterip_error error = { .size = sizeof error };
-	int loaded, seen = 0;
+	const char *step = "load";
+	int code;
 
 	pthread_mutex_lock(&fast_path.mutex);
-	loaded = fast_path.plugin.load_text(fast_path.handle, (char *)conf->text.data, conf->text.len,
-	                                    (char *)conf->file.data, &error);
-	if (!loaded) seen = fast_path.plugin.canary(fast_path.handle, NULL, &error);
+	code = fast_path.plugin.load_text(fast_path.handle, (char *)conf->text.data, conf->text.len, (char *)conf->file.data,
+	                                  &error);
+	if (!code) {
+		step = "canary";
+		code = fast_path.plugin.canary(fast_path.handle, NULL, &error);
+	}
+	/* Somebody has detached it, or its cgroup was removed and made again: a load does not see that. */
+	if (code == -ENOTCONN) {
+		(void)failed(log, conf, step, &error);
+		step = "attach";
+		code = fast_path.plugin.attach(fast_path.handle, &error);
+		if (!code) {
+			step = "canary";
+			code = fast_path.plugin.canary(fast_path.handle, NULL, &error);
+		}
+		if (!code) ngx_log_error(NGX_LOG_NOTICE, log, 0, "clusterip \"%V\": attached again", &conf->file);
+	}
 	report();
 	pthread_mutex_unlock(&fast_path.mutex);
-	if (loaded) return failed(log, conf, "load", &error);
-	if (seen) (void)failed(log, conf, "canary", &error);
-	/* What was attached is gone, or its cgroup is: a load does not see that, and another handle attaches anew. */
-	return seen == -ENOTCONN ? begin_fast_path(conf, log) : seen ? NGX_ERROR : NGX_OK;
+	return code ? failed(log, conf, step, &error) : NGX_OK;
 }
 
 /* Makes what serves that of this cycle's configuration. On failure, what has served serves on, as the cycle's own. */
@@ -263,7 +277,8 @@ static ngx_int_t serve(ngx_cycle_t *cycle)
 		end_fast_path();
 		return NGX_OK;
 	}
-	if (fast_path.handle && ngx_strcmp(fast_path.cgroup, conf->cgroup.data) == 0)
+	if (fast_path.handle && ngx_strcmp(fast_path.cgroup, conf->cgroup.data) == 0 &&
+	    ngx_strcmp(fast_path.plugin_path, conf->plugin.data) == 0)
 		return change_services(conf, cycle->log);
 	return begin_fast_path(conf, cycle->log);
 }

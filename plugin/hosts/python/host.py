@@ -3,6 +3,7 @@
 """A host in another language, by the C ABI alone: host.py PLUGIN FILE [CGROUP], as ../c/host.c, which explains each step."""
 
 import ctypes
+import errno
 import os
 import pathlib
 import signal
@@ -32,7 +33,9 @@ OnMistake = CFUNCTYPE(None, POINTER(Error), c_void_p)
 
 
 class Failed(Exception):
-    pass
+    def __init__(self, message, code=0):
+        super().__init__(message)
+        self.code = code
 
 
 class Host:
@@ -52,8 +55,8 @@ class Host:
 
     def call(self, name, *arguments):
         error = Error()
-        if getattr(self.library, "clusterip_" + name)(*arguments, byref(error)) != 0:
-            raise Failed(f"{name}: {error.message.decode(errors='replace')}")
+        if (code := getattr(self.library, "clusterip_" + name)(*arguments, byref(error))) != 0:
+            raise Failed(f"{name}: {error.message.decode(errors='replace')}", code)
 
     def load(self, path):
         text, name, mistakes = read_file(path), path.encode(), []
@@ -69,8 +72,16 @@ class Host:
     def attach(self):
         self.call("attach", self.handle)
 
-    def canary(self):
-        self.call("canary", self.handle, None)
+    def prove(self):
+        """A load does not see that somebody has detached it, or that its cgroup was made again: this does, and mends it."""
+        try:
+            self.call("canary", self.handle, None)
+        except Failed as failed:
+            if failed.code != -errno.ENOTCONN:
+                raise
+            print(failed, file=sys.stderr, flush=True)
+            self.attach()
+            self.call("canary", self.handle, None)
 
     def end(self):
         self.call("detach", self.handle)
@@ -106,12 +117,12 @@ def main(plugin, path, cgroup=None):
     host = Host(plugin, cgroup)
     host.load(path)
     host.attach()
-    host.canary()
+    host.prove()
     print(f"attached to {cgroup}", flush=True)
     while signal.sigwait(signals) == signal.SIGHUP:
         try:
             host.load(path)
-            host.canary()  # a load does not see that what was attached is gone
+            host.prove()
             print("reloaded", flush=True)
         except (Failed, OSError) as failed:
             print(failed, file=sys.stderr, flush=True)
