@@ -12,6 +12,8 @@
 #include <system_error>
 #include <utility>
 
+#include "fallback_proxy/watched.h"
+
 namespace userspace {
 namespace {
 
@@ -61,6 +63,8 @@ Worker::Worker(const WorkerSettings& settings, Admission& admission)
       timer_(io_),
       pause_(io_),
       epoll_(io_, new_epoll()) {
+  if (const auto watched = check_watched(); !watched)  // later, the end of its thread could not be asked for
+    throw std::system_error(-watched.error().code, std::generic_category(), watched.error().message);
   wait_for_relays();
   // Signals are the control thread's.
   sigset_t all;

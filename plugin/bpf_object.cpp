@@ -123,9 +123,20 @@ Result<PerHook<Fd>> load_programs(Hooks hooks, std::span<const char* const> name
     }
   }
   if (const int error = clusterip_bpf__load(skeleton->get()); error != 0) {
+    const std::string reason = reason_in(log.data());
+    // libbpf asks the kernel what it can do, takes any failure for a no, and asks only once in a process.
+    if (reason.ends_with("is referenced but wasn't created")) {
+      return fail(
+          -ENOMEM,
+          "loading the programs: libbpf was refused something when it tried this kernel, as happens for want of "
+          "memory, and does not ask again: start this process anew");
+    }
+    // It has looked at a program again for the reason of a refusal; but there is none, and the log is full of praise.
+    if (error == -ENOSPC) {
+      return fail(-EAGAIN, "loading the programs: the kernel had no memory for one of them, or was interrupted");
+    }
     if (error == -EINVAL || error == -EACCES || error == -E2BIG) {
-      return fail(-ENOTRECOVERABLE,
-                  "the verifier refused a program, which is a bug of clusterip: " + reason_in(log.data()));
+      return fail(-ENOTRECOVERABLE, "the verifier refused a program, which is a bug of clusterip: " + reason);
     }
     return fail_errno(-error, "loading the programs");
   }

@@ -171,7 +171,7 @@ config::Address decode_address(const __be32 (&address)[4]) {
 
 config::Service decode_service(const service_record& record) {
   config::Service service;
-  service.name.assign(record.name, strnlen(record.name, sizeof record.name));
+  service.name.assign(record.name, strnlen(record.name, sizeof record.name - 1));
   service.vip = decode_address(record.key.address);
   service.port = ntohs(record.key.port);
   service.protocol = static_cast<config::Protocol>(record.key.protocol);

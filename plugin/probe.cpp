@@ -2,12 +2,10 @@
 #include "plugin/probe.h"
 
 #include <linux/bpf.h>
-#include <linux/capability.h>
 #include <linux/membarrier.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstdint>
@@ -20,6 +18,7 @@
 #include <utility>
 
 #include "plugin/fd.h"
+#include "plugin/privileges.h"
 
 namespace plugin {
 
@@ -49,8 +48,39 @@ constexpr bpf_insn exit_program() {
   return {.code = BPF_JMP | BPF_EXIT, .dst_reg = 0, .src_reg = 0, .off = 0, .imm = 0};
 }
 
-/// 0 when a program of this hook with these instructions loads, else the errno. `log` receives what the verifier says.
-int try_program(Hook hook, std::span<const bpf_insn> instructions, std::span<char> log = {}) {
+/// What was lacking is no property of this kernel: another time there may be enough.
+bool is_shortage(int error) {
+  return error == ENOMEM || error == EMFILE || error == ENFILE || error == EAGAIN || error == EINTR;
+}
+
+/// What is tried, one after the other. A shortage tells nothing, and so leaves all of it untold.
+class Trials {
+ public:
+  /// 0 when a program of this hook with these instructions loads, else the errno. `log` receives what the verifier
+  /// says.
+  int program(Hook hook, std::span<const bpf_insn> instructions, std::span<char> log = {});
+  /// Whether programs of this hook may call the helper. The call has no arguments: a kernel that knows the helper
+  /// complains of those, another one of the helper.
+  bool may_call(Hook hook, bpf_func_id helper);
+  bool ring_buffer();
+  int mappable_array();
+
+  /// The errno of a shortage that was met; 0.
+  int shortage() const { return shortage_; }
+
+ private:
+  int noted(const Fd& made) {
+    const int error = made ? 0 : errno;
+    if (is_shortage(error)) {
+      shortage_ = error;
+    }
+    return error;
+  }
+
+  int shortage_ = 0;
+};
+
+int Trials::program(Hook hook, std::span<const bpf_insn> instructions, std::span<char> log) {
   const HookInfo& info = info_of(hook);
   bpf_attr attr;
   std::memset(&attr, 0, sizeof attr);
@@ -65,16 +95,13 @@ int try_program(Hook hook, std::span<const bpf_insn> instructions, std::span<cha
   attr.insn_cnt = static_cast<std::uint32_t>(instructions.size());
   static constexpr char license[] = "Dual BSD/GPL";
   attr.license = reinterpret_cast<std::uint64_t>(license);
-  const Fd program(static_cast<int>(bpf(BPF_PROG_LOAD, attr)));
-  return program ? 0 : errno;
+  return noted(Fd(static_cast<int>(bpf(BPF_PROG_LOAD, attr))));
 }
 
-/// Whether programs of this hook may call the helper. The call has no arguments: a kernel that knows the helper
-/// complains of those, another one of the helper.
-bool may_call(Hook hook, bpf_func_id helper) {
+bool Trials::may_call(Hook hook, bpf_func_id helper) {
   const bpf_insn instructions[] = {call(helper), move(BPF_REG_0, 1), exit_program()};
   std::array<char, 4096> log{};
-  if (try_program(hook, instructions, log) == 0) {
+  if (program(hook, instructions, log) == 0) {
     return true;
   }
   const std::string_view said(log.data());
@@ -82,15 +109,15 @@ bool may_call(Hook hook, bpf_func_id helper) {
          !said.contains("cannot use helper");
 }
 
-bool try_ring_buffer() {
+bool Trials::ring_buffer() {
   bpf_attr attr;
   std::memset(&attr, 0, sizeof attr);
   attr.map_type = BPF_MAP_TYPE_RINGBUF;
   attr.max_entries = static_cast<std::uint32_t>(sysconf(_SC_PAGESIZE));
-  return static_cast<bool>(Fd(static_cast<int>(bpf(BPF_MAP_CREATE, attr))));
+  return noted(Fd(static_cast<int>(bpf(BPF_MAP_CREATE, attr)))) == 0;
 }
 
-int try_mappable_array() {
+int Trials::mappable_array() {
   bpf_attr attr;
   std::memset(&attr, 0, sizeof attr);
   attr.map_type = BPF_MAP_TYPE_ARRAY;
@@ -98,8 +125,7 @@ int try_mappable_array() {
   attr.value_size = sizeof(std::uint64_t);
   attr.max_entries = 1;
   attr.map_flags = BPF_F_MMAPABLE;
-  const Fd map(static_cast<int>(bpf(BPF_MAP_CREATE, attr)));
-  return map ? 0 : errno;
+  return noted(Fd(static_cast<int>(bpf(BPF_MAP_CREATE, attr))));
 }
 
 /// A kernel that knows the command looks at the descriptor first and says EBADF; one that does not says EINVAL.
@@ -126,22 +152,15 @@ bool is_unsupported(int error) { return error == ENOSYS || error == EINVAL || er
 /// What an answer depends on beside the kernel: a child, or a process that gave up a capability, has to ask again.
 struct Asker {
   pid_t process = getpid();
-  std::array<std::uint32_t, _LINUX_CAPABILITY_U32S_3> effective{};
-
-  Asker() {
-    __user_cap_header_struct header{.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
-    __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3]{};
-    if (syscall(SYS_capget, &header, data) == 0) {
-      std::ranges::transform(data, effective.begin(), &__user_cap_data_struct::effective);
-    }
-  }
+  PrivilegeSet effective = privileges();
   bool operator==(const Asker&) const = default;
 };
 
 Result<Capabilities> try_all() {
   Capabilities can;
+  Trials trials;
   static constexpr bpf_insn allow[] = {move(BPF_REG_0, 1), exit_program()};
-  const int connect4 = try_program(Hook::connect4, allow);
+  const int connect4 = trials.program(Hook::connect4, allow);
   if (connect4 == EPERM || connect4 == EACCES) {
     return fail(
         -EPERM,
@@ -162,12 +181,12 @@ Result<Capabilities> try_all() {
   // pointer").
   static constexpr bpf_insn overwrite[] = {move(BPF_REG_1, 1), store(BPF_DW, BPF_REG_1), store(BPF_W, BPF_REG_1),
                                            move(BPF_REG_0, 1), exit_program()};
-  if (try_program(Hook::connect4, overwrite) == EACCES) {
+  if (trials.program(Hook::connect4, overwrite) == EACCES) {
     return fail(-EPERM,
                 "this kernel's verifier asks for CAP_PERFMON beside CAP_BPF and CAP_NET_ADMIN (before Linux 6.8)");
   }
 
-  const int map_memory = try_mappable_array();
+  const int map_memory = trials.mappable_array();
   if (map_memory != 0 && !is_unsupported(map_memory)) {
     return fail_errno(map_memory, "trying a memory-mapped BPF array");
   }
@@ -177,28 +196,31 @@ Result<Capabilities> try_all() {
   }
 
   for (const HookInfo& info : all_hooks) {
-    if (info.hook == Hook::connect4 || try_program(info.hook, allow) == 0) {
+    if (info.hook == Hook::connect4 || trials.program(info.hook, allow) == 0) {
       can.hooks.insert(info.hook);
     }
   }
-  can.sessions = may_call(Hook::connect4, BPF_FUNC_sk_storage_get);
+  can.sessions = trials.may_call(Hook::connect4, BPF_FUNC_sk_storage_get);
   if (can.map_memory && !can.sessions) {
     can.reason = "this kernel has no socket storage for cgroup/connect4 programs (Linux 5.3)";
   }
-  can.mark = may_call(Hook::connect4, BPF_FUNC_setsockopt);
-  can.netns_client = may_call(Hook::connect4, BPF_FUNC_get_netns_cookie);
-  can.cgroup_client = may_call(Hook::connect4, BPF_FUNC_get_current_cgroup_id);
-  can.events = try_ring_buffer() && may_call(Hook::connect4, BPF_FUNC_ringbuf_reserve) && can.cgroup_client &&
-               may_call(Hook::connect4, BPF_FUNC_get_current_pid_tgid);
-  can.comm = may_call(Hook::connect4, BPF_FUNC_get_current_comm);
+  can.mark = trials.may_call(Hook::connect4, BPF_FUNC_setsockopt);
+  can.netns_client = trials.may_call(Hook::connect4, BPF_FUNC_get_netns_cookie);
+  can.cgroup_client = trials.may_call(Hook::connect4, BPF_FUNC_get_current_cgroup_id);
+  can.events = trials.ring_buffer() && trials.may_call(Hook::connect4, BPF_FUNC_ringbuf_reserve) && can.cgroup_client &&
+               trials.may_call(Hook::connect4, BPF_FUNC_get_current_pid_tgid);
+  can.comm = trials.may_call(Hook::connect4, BPF_FUNC_get_current_comm);
 
   static constexpr bpf_insn refuse[] = {move(BPF_REG_1, -ECONNREFUSED), call(BPF_FUNC_set_retval), move(BPF_REG_0, 0),
                                         exit_program()};
-  can.set_errno = try_program(Hook::connect4, refuse) == 0;
+  can.set_errno = trials.program(Hook::connect4, refuse) == 0;
   can.link = knows_link();
   can.batch = knows_batch();
   const long commands = syscall(SYS_membarrier, MEMBARRIER_CMD_QUERY, 0, 0);
   can.membarrier = commands > 0 && (commands & MEMBARRIER_CMD_GLOBAL);
+  if (trials.shortage() != 0) {
+    return fail_errno(trials.shortage(), "trying what this kernel can do");
+  }
   return can;
 }
 

@@ -253,6 +253,9 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
     if (maps.find_key(encode_key(service)) != record) {
       return damaged("the key of service \"" + service.name + "\"");
     }
+    if (service.name.empty() || maps.records()[record].name[sizeof maps.records()[record].name - 1] != '\0') {
+      return damaged("the name of service \"" + service.name + "\"");
+    }
     for (const std::uint32_t index : indices) {
       const backend_record& backend = maps.backends()[index];
       if (backends[index] || backend.record != record || backend.weight == 0 || backend.weight > config::max_weight) {

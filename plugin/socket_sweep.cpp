@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "plugin/fd.h"
+#include "plugin/privileges.h"
 #include "plugin/system_error.h"
 
 namespace plugin {
@@ -36,15 +37,8 @@ struct Destroy {
 };
 using Skeleton = std::unique_ptr<socket_sweep_bpf, Destroy>;
 
-bool has_capability(unsigned capability) {
-  __user_cap_header_struct header{.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
-  __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3]{};
-  return syscall(SYS_capget, &header, data) == 0 &&
-         (data[CAP_TO_INDEX(capability)].effective & CAP_TO_MASK(capability)) != 0;
-}
-
 /// CAP_PERFMON, or before Linux 5.8 CAP_SYS_ADMIN.
-bool may_trace() { return has_capability(CAP_PERFMON) || has_capability(CAP_SYS_ADMIN); }
+bool may_trace() { return has_privilege(CAP_PERFMON) || has_privilege(CAP_SYS_ADMIN); }
 
 /// Network namespaces, as far as this process may look.
 struct Namespaces {
@@ -66,7 +60,7 @@ Namespaces all_namespaces() {
     }
     const std::string path = process.path().string() + "/ns/net";
     if (stat(path.c_str(), &status) != 0) {
-      const bool is_hidden = errno == EACCES && !has_capability(CAP_SYS_PTRACE);  // else it has just ended
+      const bool is_hidden = errno == EACCES && !has_privilege(CAP_SYS_PTRACE);  // else it has just ended
       found.is_all = found.is_all && !is_hidden;
     } else if (status.st_ino != found.own && !found.others.contains(status.st_ino)) {
       if (Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC)); fd) {

@@ -34,6 +34,7 @@
 #include "fallback_proxy/control_socket.h"
 #include "fallback_proxy/hand_over.h"
 #include "fallback_proxy/proxy.h"
+#include "fallback_proxy/watched.h"
 #include "health/checker.h"
 #include "run/control_server.h"
 #include "run/decisions.h"
@@ -103,6 +104,7 @@ class Program {
 
   /// A failure: nothing has changed, also not for the process that was to be replaced.
   std::expected<void, Failure> start(Source source) {
+    if (const auto watched = userspace::check_watched(); !watched) return std::unexpected(to_failure(watched.error()));
     std::optional<userspace::ControlClient> predecessor;
     if (settings_.take_over) {
       auto found = userspace::ControlClient::connect(control_path_);

@@ -12,11 +12,14 @@
 #include <sstream>
 
 #include "tests/faults/fault.h"
+#include "tests/faults/memory_cgroup.h"
 #include "tests/run/running.h"
 
 namespace {
 
 using namespace support;
+using testing::HasSubstr;
+using testing::Not;
 
 /// The N-th for all N up to so many; of those behind, some.
 constexpr int dense = 10;
@@ -46,6 +49,12 @@ class BpfFault : public Running, public testing::WithParamInterface<Call> {
     EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one"));
     EXPECT_EQ(ask("10.96.0.2", 80), refused_with(ENETUNREACH));
     EXPECT_EQ(ask("10.98.0.1", 80), refused_with(ENETUNREACH));
+  }
+
+  /// A shortage is no bug of ours, and nothing that this kernel lacks.
+  static void expect_no_wrong_reason(const Finished& finished) {
+    EXPECT_THAT(finished.err, Not(HasSubstr("bug")));
+    EXPECT_THAT(finished.err, Not(HasSubstr("this kernel has no ")));
   }
 
   void expect_new() {
@@ -79,6 +88,7 @@ TEST_P(BpfFault, LoadIsWholeOrNothing) {
     if (!fault.was_injected()) break;
     ++injected;
     ASSERT_LT(finished.exit_code, 124) << finished.err;
+    expect_no_wrong_reason(finished);
     const Answer web = ask("10.96.0.1", 80);
     if (finished.exit_code == fine) {
       expect_new();
@@ -108,6 +118,7 @@ TEST_P(BpfFault, FirstLoadLeavesNothingBehind) {
     if (!fault.was_injected()) break;
     ++injected;
     ASSERT_LT(finished.exit_code, 124) << finished.err;
+    expect_no_wrong_reason(finished);
     if (finished.exit_code == fine) {
       expect_new();
     } else if (finished.exit_code == cannot || ask("10.96.0.1", 80) != answered_by("two")) {
@@ -157,6 +168,35 @@ TEST_F(LittleMemory, LoadIsWholeOrNothing) {
     }
     expect_old();
   }
+}
+
+TEST_F(LittleMemory, CgroupThatIsFullEndsTheLoadAndNothingElse) {
+  if (MemoryCgroup::hierarchy().empty()) SKIP_OR_FAIL("no cgroup with a limit of memory");
+  ASSERT_EQ(load(before()).exit_code, fine);
+  int killed = 0;
+  int refused = 0;
+  for (const std::uint64_t mib : {1U, 2U, 3U, 4U, 6U, 8U, 12U, 16U, 64U}) {
+    SCOPED_TRACE(fmt::format("{} MiB", mib));
+    const MemoryCgroup memory(mib << 20);
+    const Finished finished = load(after(300), [&memory] { memory.enter(); });
+    constexpr int by_the_kernel = 128 + 9;
+    if (finished.exit_code == by_the_kernel)
+      ++killed;
+    else if (finished.exit_code != fine) {
+      EXPECT_EQ(lines(finished.err), 1) << finished.err;
+      ++refused;
+    }
+    if (ask("10.96.0.1", 80) == answered_by("two"))
+      expect_new();
+    else
+      expect_old();
+    EXPECT_TRUE(finished.exit_code != fine || ask("10.96.0.1", 80) == answered_by("two"));
+    const Finished mended = load(before());
+    ASSERT_EQ(mended.exit_code, fine) << mended.err;
+    expect_old();
+  }
+  EXPECT_GT(killed + refused, 0) << "none of the limits was one";
+  std::printf("%d killed, %d refused\n", killed, refused);
 }
 
 }  // namespace

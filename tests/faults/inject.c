@@ -7,7 +7,7 @@
  * The NTH time (from 1) that CALL is made (with COMMAND as its first argument, unless that is -1) it fails with ERRNO, once.
  * Then FILE is made, so that whoever counts knows when there is no NTH time. CALL is a name below.
  *
- *   CLUSTERIP_CLOCK="FILE SECONDS": while FILE exists, the clock of the day is that much later.
+ *   CLUSTERIP_CLOCK="FILE SECONDS CLOCK": while FILE exists, that clock (CLOCK_*, a number) is that much later.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -18,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -32,6 +33,7 @@ static struct {
 	char file[256];
 	char clock_file[256];
 	long clock_seconds;
+	int clock;
 } fault;
 static atomic_long calls;
 
@@ -41,7 +43,7 @@ __attribute__((constructor)) static void read_fault(void)
 	if (text && sscanf(text, "%31s %ld %ld %d %255s", fault.call, &fault.command, &fault.nth, &fault.error, fault.file) != 5)
 		_exit(124);
 	text = getenv("CLUSTERIP_CLOCK");
-	if (text && sscanf(text, "%255s %ld", fault.clock_file, &fault.clock_seconds) != 2)
+	if (text && sscanf(text, "%255s %ld %d", fault.clock_file, &fault.clock_seconds, &fault.clock) != 3)
 		_exit(124);
 }
 
@@ -86,6 +88,11 @@ int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
 	return fails("accept4", -1) ? -1 : REAL(accept4)(fd, address, length, flags);
 }
 
+int epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event)
+{
+	return fails("epoll_ctl", operation) ? -1 : REAL(epoll_ctl)(epoll, operation, fd, event);
+}
+
 ssize_t splice(int in, off64_t *off_in, int out, off64_t *off_out, size_t length, unsigned int flags)
 {
 	return fails("splice", -1) ? -1 : REAL(splice)(in, off_in, out, off_out, length, flags);
@@ -120,7 +127,7 @@ int clock_gettime(clockid_t id, struct timespec *now)
 	if (!real)
 		real = REAL(clock_gettime);
 	int result = real(id, now);
-	if (result == 0 && id == CLOCK_REALTIME && fault.clock_seconds && access(fault.clock_file, F_OK) == 0)
+	if (result == 0 && fault.clock_seconds && id == fault.clock && access(fault.clock_file, F_OK) == 0)
 		now->tv_sec += fault.clock_seconds;
 	return result;
 }

@@ -3,6 +3,7 @@
 // A system call of the userspace engine fails: what cannot be done is said, connections that need it may fail, and the
 // proxy serves on.
 #include <signal.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -97,7 +98,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Call{"AcceptEnomem", "accept4", -1, ENOMEM}, Call{"SocketV4", "socket", AF_INET, EMFILE},
                     Call{"SocketNetlink", "socket", AF_NETLINK, ENOMEM}, Call{"SocketUnix", "socket", AF_UNIX, EMFILE},
                     Call{"Netlink", "netlink", -1, ENOBUFS}, Call{"Splice", "splice", -1, ENOMEM},
-                    Call{"Pipe", "pipe2", -1, EMFILE}),
+                    Call{"Pipe", "pipe2", -1, EMFILE}, Call{"EpollWatch", "epoll_ctl", EPOLL_CTL_ADD, ENOSPC}),
     [](const auto& test) { return std::string(test.param.name); });
 
 }  // namespace

@@ -30,7 +30,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
   std::memcpy(static_cast<void*>(slots.data()), data, std::min(size, slots.size() * sizeof(block_entry)));
 
   config::Service service = plugin::decode_service(record);
-  require(service.name.size() <= sizeof record.name);
+  require(service.name.size() <= config::max_name_length);
   const auto block = plugin::find_block(word, slots);
   if (!block) return 0;
   require(block->is_within(slots.size()));

@@ -574,6 +574,30 @@ TEST_F(Pin, WeightThatNoBackendCanHaveIsDamage) {
   }
 }
 
+TEST_F(Pin, NameThatNoServiceCanHaveIsDamage) {
+  const NamedServer server("server");
+  const std::string text = toml({{"web", "10.96.0.1", 80, {backend(server)}}});
+  for (const char letter : {'x', '\0'}) {
+    pin_from_another_process(text);
+    {
+      const Fd map = pinned_map(pin(), "Record_Map");
+      const std::uint32_t record = record_of(map, "web");
+      auto damaged = read_element<service_record>(map, record);
+      std::ranges::fill(damaged.name, letter);
+      write_element(map, record, damaged);
+    }
+    EXPECT_EQ(in_child([&] {
+                Handle handle(plugin(), pinned());
+                const auto seen = handle.visit();
+                require(seen.size() == 1 && seen[0].name.size() <= 159, "it cannot be looked at");
+                const Outcome outcome = handle.load(text);
+                require(outcome.code == -EPROTO, "adopted: " + outcome.message);
+                require_ok(handle.detach());
+              }),
+              "");
+  }
+}
+
 TEST_F(Pin, LoadThatRanOutOfFilesCanBeRepeatedOnTheSameHandle) {
   const NamedServer one("one"), two("two");
   const auto text = [](const NamedServer& server) { return toml({{"web", "10.96.0.1", 80, {backend(server)}}}); };

@@ -318,13 +318,20 @@ TEST_F(Upgrade, RefusesAPredecessorOfAnotherVersion) {
   checked(::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), "bind");
   checked(::listen(listener.get(), 1), "listen");
 
-  Process next({CLUSTERIP_FALLBACK_PROXY, "--config", files->config(), "--take-over"});
-  const Fd connection(checked(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC), "accept"));
-  const std::string answer = "{\"protocol\":2}\n";
-  checked(::send(connection.get(), answer.data(), answer.size(), MSG_NOSIGNAL), "send");
-  const Finished ended = next.wait();
-  EXPECT_EQ(ended.exit_code, failed);
-  EXPECT_TRUE(contains(ended.err, "speaks version 2 of the hand-over, this version speaks 1")) << ended.err;
+  const std::pair<std::string, const char*> answers[] = {
+      {"{\"protocol\":2}\n", "speaks version 2 of the hand-over, this version speaks 1"},
+      {"{\"protocol\":\"1\"}\n", "hands over what this version does not understand"},
+      {"{\"protocol\":1}\n", "hands over what this version does not understand"},
+      {"{}\n", "hands over what this version does not understand"},
+  };
+  for (const auto& [answer, complaint] : answers) {
+    Process next({CLUSTERIP_FALLBACK_PROXY, "--config", files->config(), "--take-over"});
+    const Fd connection(checked(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC), "accept"));
+    checked(::send(connection.get(), answer.data(), answer.size(), MSG_NOSIGNAL), "send");
+    const Finished ended = next.wait();
+    EXPECT_EQ(ended.exit_code, failed);
+    EXPECT_TRUE(contains(ended.err, complaint)) << ended.err;
+  }
   EXPECT_EQ(ask(vip, 80), refused_with(ECONNREFUSED)) << "it must not have begun to serve";
 }
 

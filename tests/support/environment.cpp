@@ -34,13 +34,15 @@ void enter_private_environment() {
     checked(::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr), "private mounts");
     raise_loopback();
     if (cgroup2_mount().empty()) throw std::runtime_error("no cgroup v2 hierarchy is mounted");
-    checked(::mount("bpf", bpffs, "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700"), "BPF filesystem");
-    bpf_attr attr{};
-    attr.map_type = BPF_MAP_TYPE_ARRAY;
-    attr.key_size = 4;
-    attr.value_size = 4;
-    attr.max_entries = 1;
-    Fd map(checked(bpf(BPF_MAP_CREATE, attr), "bpf()"));
+    if (std::getenv("CLUSTERIP_WITHOUT_BPF") == nullptr) {
+      checked(::mount("bpf", bpffs, "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700"), "BPF filesystem");
+      bpf_attr attr{};
+      attr.map_type = BPF_MAP_TYPE_ARRAY;
+      attr.key_size = 4;
+      attr.value_size = 4;
+      attr.max_entries = 1;
+      Fd map(checked(bpf(BPF_MAP_CREATE, attr), "bpf()"));
+    }
     remove_stale_cgroups();
     Cgroup writable;
     missing.clear();

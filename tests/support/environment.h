@@ -10,7 +10,7 @@ inline constexpr const char* bpffs = "/sys/fs/bpf";
 
 /// Give this process a network namespace with nothing but `lo`, a mount namespace, and a BPF filesystem of its own. All
 /// of it ends with the process. To be called once, before the first thread. What is missing is told by
-/// missing_privilege.
+/// missing_privilege. With CLUSTERIP_WITHOUT_BPF, what the userspace engine needs: the kernel may have no BPF.
 void enter_private_environment();
 
 /// Bring up `lo` of the network namespace that this thread is in.

@@ -84,6 +84,7 @@ Process::Process(const std::vector<std::string>& command, const Cgroup* cgroup, 
 Process::~Process() { end(pid_); }
 
 bool Process::read_more() {
+  if (out_.get() < 0 && err_.get() < 0) return false;
   std::array<pollfd, 2> files = {pollfd{out_.get(), POLLIN, 0}, pollfd{err_.get(), POLLIN, 0}};
   if (checked(::poll(files.data(), files.size(), patience), "poll") == 0)
     throw std::runtime_error("a program said nothing for too long; it wrote: " + finished_.out + finished_.err);
