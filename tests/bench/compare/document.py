@@ -23,7 +23,7 @@ TABLES = [
     ("What the kernel tracks", False, [("idle", 1)]),
     ("Changes and starts", False,
      [(f"update-{count}", column) for count in (10, 10000, 50000) for column in range(4)] +
-     [(f"start-{count}", column) for count in (1000, 50000) for column in range(2)]),
+     [(f"start-{count}", column) for count in (1000, 50000) for column in range(3)]),
 ]
 
 

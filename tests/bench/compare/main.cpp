@@ -19,6 +19,7 @@
 #include <ranges>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "tests/bench/compare/measures.h"
@@ -106,7 +107,7 @@ class Part {
     if (stage_) attempt([&] { turns_.push_back(stage_->turn()); });
   }
   bench::Trial trial() const {
-    if (!error_.empty()) return {.figures = {}, .error = error_};
+    if (!error_.empty()) return {.figures = {}, .turns = {}, .error = error_};
     return bench::taken_together(measure_, turns_);
   }
 
@@ -134,7 +135,10 @@ std::vector<bench::Trial> one_round(const Choice& choice, const bench::Measure& 
                                     const std::vector<const bench::Peer*>& peers) {
   std::vector<std::unique_ptr<Part>> parts;
   for (const bench::Peer* peer : peers) parts.push_back(std::make_unique<Part>(choice, measure, *peer));
-  const std::size_t turns = measure.short_turns ? choice.options.turns : 1;
+  const std::size_t many = choice.options.turns;
+  const std::size_t turns = measure.turns == bench::Turns::many   ? many
+                            : measure.turns == bench::Turns::some ? std::max<std::size_t>(many / 4, 1)
+                                                                  : 1;
   for (std::size_t turn = 0; turn < turns; ++turn) {
     for (const auto& part : parts) part->turn();
     std::ranges::reverse(parts);
@@ -184,7 +188,7 @@ bool run(const Choice& choice) {
   support::remove_stale_cgroups();
   bench::catch_interrupts();
 
-  std::cout << fmt::format("{}\n{} rounds of {} turns, or of {} s; {} threads for each proxy; {}, {}\n",
+  std::cout << fmt::format("{}\n{} rounds of {} turns, loads of {} s; {} threads for each proxy; {}, {}\n",
                            bench::machine(), choice.rounds, choice.options.turns, choice.options.seconds.count(),
                            choice.options.threads, choice.stage, choice.congestion_control);
   const std::vector<bench::Series> series = measure(choice, measures, peers);
@@ -200,6 +204,7 @@ bool run(const Choice& choice) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 4 && std::string_view(argv[1]) == bench::host_command) return bench::serve_as_host(argv[2], argv[3]);
   Choice choice;
   std::string only;
   std::string peers;
@@ -214,8 +219,9 @@ int main(int argc, char** argv) {
       "of direct, bpf, bpf-names, nftables, iptables, userspace, haproxy, haproxy-splice, nginx");
   add("quick", po::bool_switch(&choice.options.quick), "few and short rounds: under a minute, and rough figures");
   add("rounds", po::value(&choice.rounds)->value_name("N"), "rounds; 5, or 2 with --quick");
-  add("turns", po::value(&choice.options.turns)->value_name("N"), "turns in a round, where these are short; 20, or 5");
-  add("seconds", po::value(&seconds)->value_name("S"), "how long a load is measured; 1, or 0.2");
+  add("turns", po::value(&choice.options.turns)->value_name("N"),
+      "turns of milliseconds in a round; 20, or 8 with --quick. Loads have a quarter");
+  add("seconds", po::value(&seconds)->value_name("S"), "how long a load is measured in each turn; 0.4, or 0.1");
   add("threads", po::value(&choice.options.threads)->value_name("N")->default_value(2), "of each proxy");
   add("stage", po::value(&choice.stage)->value_name("veth|loopback")->default_value("veth"),
       "where the backends are: at the far end of a virtual cable, or behind the clients' own loopback");
@@ -232,8 +238,8 @@ int main(int argc, char** argv) {
     }
     const bool quick = choice.options.quick;
     if (!given.contains("rounds")) choice.rounds = quick ? 2 : 5;
-    if (!given.contains("turns")) choice.options.turns = quick ? 5 : 20;
-    if (!given.contains("seconds")) seconds = quick ? 0.2 : 1;
+    if (!given.contains("turns")) choice.options.turns = quick ? 8 : 20;
+    if (!given.contains("seconds")) seconds = quick ? 0.1 : 0.4;
     if (choice.rounds == 0 || choice.options.turns == 0 || choice.options.threads == 0 ||
         !(seconds > 0 && seconds <= 60))
       throw po::error("at least one round, turn and thread, and at most 60 seconds");

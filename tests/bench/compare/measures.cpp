@@ -111,8 +111,8 @@ Stage::Turn connections(const Peer& peer, const Options& options, const Place& p
   auto random = std::make_shared<std::mt19937>(1);  // the same services for everybody
   return [=] {
     const auto next = [&] {
-      const auto service = static_cast<std::uint32_t>((*random)() % task.services);
-      return to_backends ? backend_endpoint(service * task.backends) : vip_endpoint(service);
+      const auto number = static_cast<std::uint32_t>((*random)() % (task.services * task.backends));
+      return to_backends ? backend_endpoint(number) : vip_endpoint(number / task.backends);
     };
     connect_in_turn(*scene->listener, 20, next);  // what others' turns have driven out of the caches
     Latencies latencies = connect_in_turn(*scene->listener, calls, next);
@@ -169,6 +169,7 @@ Measure bulk(std::size_t streams) {
   return {.name = fmt::format("bulk{}", streams),
           .title = fmt::format("bulk, {} stream{}", streams, streams > 1 ? "s" : ""),
           .columns = {{"Gbit/s", 1}, {"CPU s/GB, of all", 3}, {"CPU s/GB, of the proxy", 3}},
+          .turns = Turns::some,
           .set_up = [streams](const Peer& peer, const Options& options, const Place& place) {
             // from bytes to Gbit and to GB
             return under_load(peer, options, place, Behaviour::source, {.rate = 8e-9, .cost = 1e9},
@@ -195,6 +196,7 @@ Measure short_connections() {
   return {.name = "rate",
           .title = fmt::format("connections, {} in flight, 1 byte each way", in_flight),
           .columns = {{"connections/s", 0}, {"CPU us, of all", 1}, {"CPU us, of the proxy", 1}},
+          .turns = Turns::some,
           .set_up = [](const Peer& peer, const Options& options, const Place& place) {
             return under_load(peer, options, place, Behaviour::echo, {.rate = 1, .cost = 1e6},
                               [](const sockaddr_in& there, const Schedule& schedule) {
@@ -209,7 +211,7 @@ Stage::Turn datagrams(const Peer& peer, const Options& options, const Place& pla
   const Behaviour behaviour = Behaviour::datagrams;
   const auto scene = make_scene(peer, place, {.udp = true, .threads = options.threads}, &behaviour);
   const bool to_backend = peer.is_direct() || towards == Towards::bystanders;
-  return [=] {
+  return [scene, to_backend] {
     constexpr std::size_t batch = 16;  // fits into any receive buffer
     Datagrams seen = exchange_datagrams(to_backend ? backend_endpoint(0) : vip_endpoint(0), 40, batch);
     Figures figures;
@@ -279,8 +281,7 @@ Stage::Turn start_up(const Peer& peer, const Place& place, const Task& task) {
   return [&peer, &place, task] {
     const Job job = peer.start_up(place, task);
     Figures figures;
-    figures.values[0] = job.seconds;
-    figures.values[1] = job.peak_mib;
+    figures.values = {job.seconds, job.peak_mib, job.cpu_seconds, not_measured};
     return figures;
   };
 }
@@ -327,7 +328,7 @@ Measure connecting(const std::string& name, const std::string& title, const Task
   return {.name = name,
           .title = title,
           .columns = latency_columns(),
-          .short_turns = true,
+          .turns = Turns::many,
           .possible =
               [task, towards](const Peer& peer) {
                 return task.services <= peer.most_services && task.services * task.backends <= peer.most_backends &&
@@ -377,7 +378,7 @@ std::vector<Measure> make_measures() {
                      {"sendto() p50, ns", 0},
                      {"recvfrom() min, ns", 0, true},
                      {"recvfrom() p50, ns", 0}},
-         .short_turns = true,
+         .turns = Turns::many,
          .possible = [towards](const Peer& peer) { return peer.udp && (towards == Towards::services || !peer.proxy); },
          .set_up = [towards](const Peer& peer, const Options& options,
                              const Place& place) { return datagrams(peer, options, place, towards); }});
@@ -408,7 +409,7 @@ std::vector<Measure> make_measures() {
     all.push_back(
         {.name = fmt::format("start-{}", services),
          .title = fmt::format("start with {} services of 10 backends", thousands(services)),
-         .columns = {{"s", 2}, {"peak RSS, MiB", 0}},
+         .columns = {{"s", 2}, {"peak RSS, MiB", 0}, {"CPU s", 2}},
          .for_quick = services == 1000,
          .possible =
              [task](const Peer& peer) { return peer.start_up && task.services * task.backends <= peer.most_backends; },

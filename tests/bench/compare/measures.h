@@ -14,8 +14,8 @@
 namespace bench {
 
 struct Options {
-  std::chrono::duration<double> seconds{};  // that a load is measured for
-  std::size_t turns = 0;                    // of what is short, in a round
+  std::chrono::duration<double> seconds{};  // that a load is measured for, each turn
+  std::size_t turns = 0;                    // in a round, where these are many; loads have a quarter
   unsigned threads = 0;                     // of each proxy
   bool quick = false;
 };
@@ -27,13 +27,16 @@ struct Column {
   bool least = false;  // of the turns of a round; else the median
 };
 
+/// In a round: of some milliseconds each, of a part of a second, or of whatever it takes.
+enum class Turns { many, some, one };
+
 /// What is measured, one peer at a time.
 struct Measure {
   std::string name;  // what is before a dash names a group of measures
   std::string title;
   std::vector<Column> columns;
-  bool short_turns = false;  // as many in each round as the options say; else one
-  bool for_quick = true;     // takes part when time is short
+  Turns turns = Turns::one;
+  bool for_quick = true;  // takes part when time is short
   std::function<bool(const Peer&)> possible = [](const Peer&) { return true; };
   /// Called on a stage of its own, once a round.
   std::function<Stage::Turn(const Peer&, const Options&, const Place&)> set_up = {};

@@ -61,6 +61,7 @@ class Running {
 /// A program that is started with a configuration, and ends when it has done its work.
 struct Job {
   double seconds = 0;
+  double cpu_seconds = 0;
   double peak_mib = 0;  // resident
 };
 
@@ -81,6 +82,11 @@ struct Peer {
 
   bool is_direct() const { return !start; }
 };
+
+/// The whole work of a host that has the plugin serve this file: the `start_up` of the fast path, in a process of its
+/// own.
+int serve_as_host(const char* file, const char* cgroup);
+inline constexpr const char* host_command = "serve-as-host";
 
 /// Everybody whom this program can measure, in the order of the tables.
 std::vector<Peer> all_peers();

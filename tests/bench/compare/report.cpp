@@ -104,11 +104,20 @@ Spread spread(const Series& series, std::size_t column) {
   return spread(std::move(values));
 }
 
-/// Of the same round each: what disturbs a round disturbs both.
+/// Of one round: turns that followed each other are compared, since what disturbs one disturbs the other.
+double ratio(const Trial& of, const Trial& to, std::size_t column, bool least) {
+  if (least || of.turns.size() != to.turns.size()) return figure(of, column) / figure(to, column);
+  std::vector<double> values;
+  for (std::size_t i = 0; i < of.turns.size(); ++i)
+    values.push_back(of.turns[i].values[column] / to.turns[i].values[column]);
+  return spread(std::move(values)).median;
+}
+
+/// Over the rounds.
 Spread ratio(const Series& of, const Series& to, std::size_t column) {
   std::vector<double> values;
   for (std::size_t i = 0; i < std::min(of.trials.size(), to.trials.size()); ++i)
-    values.push_back(figure(of.trials[i], column) / figure(to.trials[i], column));
+    values.push_back(ratio(of.trials[i], to.trials[i], column, of.measure->columns[column].least));
   return spread(std::move(values));
 }
 
@@ -203,7 +212,7 @@ json::object as_json(const Series& one, const Series* base) {
 }  // namespace
 
 Trial taken_together(const Measure& measure, const std::vector<Figures>& turns) {
-  Trial trial;
+  Trial trial{.figures = {}, .turns = turns, .error = {}};
   for (std::size_t column = 0; column < measure.columns.size(); ++column) {
     std::vector<double> values;
     for (const Figures& turn : turns) values.push_back(turn.values[column]);

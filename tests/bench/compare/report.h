@@ -13,6 +13,7 @@ namespace bench {
 /// One peer's part in a round: its turns, taken together.
 struct Trial {
   Figures figures;
+  std::vector<Figures> turns = {};
   std::string error;  // why there are no figures; empty when there are
 };
 

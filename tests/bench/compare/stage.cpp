@@ -126,12 +126,14 @@ Stage::Stage(const std::string& congestion_control, bool veth, const std::functi
     there = support::Channel(Fd());
     await();
   } catch (...) {
-    this->~Stage();
+    end();
     throw;
   }
 }
 
-Stage::~Stage() {
+Stage::~Stage() { end(); }
+
+void Stage::end() const {
   ::kill(pid_, SIGKILL);
   ::waitpid(pid_, nullptr, 0);
   ::munmap(note_, sizeof(Note));

@@ -76,6 +76,7 @@ class Stage {
  private:
   struct Note;
   void await() const;
+  void end() const;
 
   support::Cgroup cgroup_;
   Note* note_;

@@ -17,6 +17,8 @@ import sys
 import tempfile
 
 RECORD = pathlib.Path(__file__).with_name("recorded.json")
+PATHS = ["path_read_config", "path_encode", "path_encode_maglev", "path_choose_random", "path_choose_round_robin",
+         "path_choose_least_conn", "path_choose_maglev"]  # of work.cpp
 
 
 def counted(work):
@@ -24,8 +26,8 @@ def counted(work):
     found = {}
     with tempfile.TemporaryDirectory() as directory:
         done = subprocess.run(
-            ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--toggle-collect=path_*", "--dump-after=path_*",
-             f"--callgrind-out-file={directory}/out", work], text=True, capture_output=True, check=False)
+            ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--toggle-collect=path_*",
+             *(f"--dump-after={path}" for path in PATHS), f"--callgrind-out-file={directory}/out", work], text=True, capture_output=True, check=False)
         if done.returncode != 0:
             sys.exit(f"compare.py: {work}: exit {done.returncode}\n{done.stderr[-2000:]}")
         for file in sorted(pathlib.Path(directory).glob("out.*")):
