@@ -32,7 +32,7 @@ BARS = [
     ("bulk", "bulk1", 0, "more is better"),
     ("bulk-cpu", "bulk1", 1, "less is better"),
     ("udp", "udp", 1, "less is better"),
-    ("update", "update-10000", 1, "less is better; each mark is ten times the one before"),
+    ("update", "update-10", 1, "less is better; each mark is ten times the one before"),
 ]
 # File, group, column: over the number behind the dash.
 CURVES = [("services", "services", 1, "services"), ("backends", "backends", 1, "backends of the service")]
@@ -144,14 +144,18 @@ def curves(measures, column, what):
 
 
 def draw(figures, directory):
-    """Those charts for which there are figures."""
+    """Those charts for which there are figures: returns the names and titles of the files."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    drawn = []
     for file, name, column, better in BARS:
         measure = of(figures, name)
         if measure and any(peer["figures"][column]["median"] is not None for peer in measure["peers"]):
             (directory / f"{file}.svg").write_text(bars(measure, column, better))
+            drawn.append((f"{file}.svg", measure["title"]))
     for file, group, column, what in CURVES:
         measures = [one for one in figures["measured"] if one["measure"].startswith(group + "-")]
         if len(measures) > 1:
             (directory / f"{file}.svg").write_text(curves(measures, column, what))
+            drawn.append((f"{file}.svg", f"by {what}"))
+    return drawn

@@ -74,5 +74,5 @@ def write(figures, source):
     path = pathlib.Path(source) / "docs/benchmarks.md"
     before, _, rest = path.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
-    path.write_text(before + BEGIN + "\n" + tables(figures) + "\n" + END + after)
-    charts.draw(figures, path.parent / "charts")
+    images = [f"![{title}](charts/{file})\n" for file, title in charts.draw(figures, path.parent / "charts")]
+    path.write_text(before + BEGIN + "\n" + "\n".join([*images, tables(figures)]) + "\n" + END + after)

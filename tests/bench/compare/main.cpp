@@ -149,6 +149,14 @@ std::vector<bench::Trial> one_round(const Choice& choice, const bench::Measure& 
   return trials;
 }
 
+/// After each measure, so that an interrupt loses one of them at most.
+void write_json(const Choice& choice, const std::vector<bench::Series>& series) {
+  if (choice.json.empty()) return;
+  std::ofstream file(choice.json);
+  if (!(file << boost::json::serialize(bench::as_json(series, choice.options)) << '\n' << std::flush))
+    throw std::runtime_error(choice.json + " cannot be written");
+}
+
 std::vector<bench::Series> measure(const Choice& choice, const std::vector<const bench::Measure*>& measures,
                                    const std::vector<const bench::Peer*>& peers) {
   std::vector<bench::Series> all;
@@ -169,6 +177,7 @@ std::vector<bench::Series> measure(const Choice& choice, const std::vector<const
     }
     std::cout << bench::table(*measure, series) << std::flush;
     std::ranges::move(series, std::back_inserter(all));
+    write_json(choice, all);
   }
   return all;
 }
@@ -193,11 +202,6 @@ bool run(const Choice& choice) {
                            choice.options.threads, choice.stage, choice.congestion_control);
   const std::vector<bench::Series> series = measure(choice, measures, peers);
   std::cout << bench::other_goals(series);
-  if (!choice.json.empty()) {
-    std::ofstream file(choice.json);
-    if (!(file << boost::json::serialize(bench::as_json(series, choice.options)) << '\n' << std::flush))
-      throw std::runtime_error(choice.json + " cannot be written");
-  }
   return !bench::failed(series);
 }
 

@@ -12,7 +12,6 @@
 #include <memory>
 #include <random>
 #include <stdexcept>
-#include <string_view>
 #include <utility>
 
 #include "tests/bench/compare/load.h"
@@ -108,10 +107,11 @@ Stage::Turn connections(const Peer& peer, const Options& options, const Place& p
   const auto scene = make_scene(peer, place, task, nullptr);
   const std::size_t calls = options.quick ? 100 : 250;
   const bool to_backends = peer.is_direct() || towards == Towards::bystanders;
+  const std::uint32_t all_backends = task.services * task.backends;
   auto random = std::make_shared<std::mt19937>(1);  // the same services for everybody
   return [=] {
     const auto next = [&] {
-      const auto number = static_cast<std::uint32_t>((*random)() % (task.services * task.backends));
+      const auto number = static_cast<std::uint32_t>((*random)() % all_backends);
       return to_backends ? backend_endpoint(number) : vip_endpoint(number / task.backends);
     };
     connect_in_turn(*scene->listener, 20, next);  // what others' turns have driven out of the caches
@@ -224,16 +224,12 @@ Stage::Turn datagrams(const Peer& peer, const Options& options, const Place& pla
 
 // --- memory and start -----------------------------------------------------------------------------------------------
 
-/// Bytes of the objects of one of the kernel's caches.
-double slab_bytes(std::string_view name) {
-  std::ifstream file("/proc/slabinfo");
-  std::string cache;
-  double active = 0;
-  double all = 0;
-  double size = 0;
-  for (std::string line; file >> cache >> active >> all >> size && std::getline(file, line);)
-    if (cache == name) return active * size;
-  return 0;
+/// Connections that the kernel tracks in this network namespace.
+double tracked_connections() {
+  std::ifstream file("/proc/sys/net/netfilter/nf_conntrack_count");
+  double count = 0;
+  file >> count;
+  return count;
 }
 
 Stage::Turn idle(const Peer& peer, const Options& options, const Place& place) {
@@ -244,10 +240,10 @@ Stage::Turn idle(const Peer& peer, const Options& options, const Place& place) {
     open_idle(there, in_flight);  // what the first connections need is no matter of their number
     const auto memory = [&] { return scene->running ? scene->running->memory("Rss") : not_measured; };
     const double before = memory();
-    const double tracked_before = slab_bytes("nf_conntrack");
+    const double tracked_before = tracked_connections();
     Idle idle = open_idle(there, idle_connections);
     const double after = memory();
-    const double tracked = slab_bytes("nf_conntrack") - tracked_before;
+    const double tracked = tracked_connections() - tracked_before;
     // Whoever closes idle connections need not remember them.
     for (const support::Fd& connection : idle.connections) {
       pollfd ended{connection.get(), POLLIN | POLLRDHUP, 0};
@@ -256,7 +252,7 @@ Stage::Turn idle(const Peer& peer, const Options& options, const Place& place) {
     const auto count = static_cast<double>(idle.connections.size());
     Figures figures;
     figures.values[0] = (after - before) / count;
-    figures.values[1] = tracked / 1024 / count;
+    figures.values[1] = tracked / count;
     figures.failures = idle.failures;
     return figures;
   };
@@ -384,8 +380,8 @@ std::vector<Measure> make_measures() {
                              const Place& place) { return datagrams(peer, options, place, towards); }});
   }
   all.push_back({.name = "idle",
-                 .title = fmt::format("{} idle connections, memory for each", idle_connections),
-                 .columns = {{"RSS of the proxy, KiB", 2}, {"conntrack, KiB", 2}},
+                 .title = fmt::format("{} idle connections, what each leaves", idle_connections),
+                 .columns = {{"RSS of the proxy, KiB", 2}, {"entries of conntrack", 2}},
                  .for_quick = false,
                  .set_up = idle});
   all.push_back({.name = "listeners",

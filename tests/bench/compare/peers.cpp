@@ -92,7 +92,8 @@ std::string clusterip_config(const Task& task, const std::string& tables) {
 }
 
 std::string userspace_config(const Task& task) {
-  return clusterip_config(task, fmt::format("[userspace]\nthreads = {}\n", task.threads));
+  return clusterip_config(
+      task, fmt::format("[engine]\ncontrol = \"{}/control.sock\"\n[userspace]\nthreads = {}\n", scratch, task.threads));
 }
 
 std::string fast_path_config(const Task& task, bool peer_names) {
