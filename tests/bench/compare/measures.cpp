@@ -109,6 +109,13 @@ Stage::Turn connections(const Peer& peer, const Options& options, const Place& p
   const bool to_backends = peer.is_direct() || towards == Towards::bystanders;
   const std::uint32_t all_backends = task.services * task.backends;
   auto random = std::make_shared<std::mt19937>(1);  // the same services for everybody
+  // What a process touches for the first time may take microseconds of page faults, most of all in a virtual machine:
+  // that is the cost of beginning, not of many services.
+  std::uint32_t service = 0;
+  connect_in_turn(*scene->listener, task.services, [&] {
+    const std::uint32_t one = service++;
+    return to_backends ? backend_endpoint(one * task.backends) : vip_endpoint(one);
+  });
   return [=] {
     const auto next = [&] {
       const auto number = static_cast<std::uint32_t>((*random)() % all_backends);
