@@ -226,11 +226,10 @@ BLOCKS = {
     },
     "docs/benchmarks.md": {
         "sudo scripts/install-packages --benchmarks":
-            Run("empty", status=(0, 1), holds=(r"packages: (all \d+ are there|installing .*(haproxy|libnginx-mod-stream))",)),
-        "cmake --preset release && cmake --build --preset release --target bench_proxy fallback_proxy":
-            Run("empty", holds=("target bench_proxy", "target fallback_proxy")),
-        "sudo build/release/tests/bench/proxy/bench_proxy --json figures.json":
-            Elsewhere(BENCHMARK, "tests/bench/proxy/CMakeLists.txt", "add_executable(bench_proxy"),
+            Run("empty", status=(0, 1), holds=(r"packages: (all \d+ are there|installing .*linux-perf)",)),
+        "sudo tests/bench/compare/run --quick":
+            Elsewhere(BENCHMARK, "tests/bench/compare/compare_test.py", 'self.start("--only", "connect", "--quick"'),
+        "sudo tests/bench/compare/run --document": Elsewhere(BENCHMARK, "tests/bench/compare/run", "document.write(figures"),
         "cmake --preset release && cmake --build --preset release --target bench_cost":
             Run("empty", holds=("target bench_cost",)),
         "sudo build/release/tests/bench/bench_cost":
@@ -399,6 +398,8 @@ PROSE = {
     "ss -xap 'src @clusterip/local_vips'": Run("proxy", holds=("fallback_proxy",)),
     "sudo build/ci/tests/torture/torture --publications 1000000":
         Elsewhere("a million takes minutes; ctest runs it with fewer", "tests/torture/CMakeLists.txt", "--publications"),
+    "sudo tests/bench/compare/run --stage loopback --peers direct,userspace,haproxy,haproxy-splice,nginx":
+        Elsewhere(BENCHMARK, "tests/bench/compare/main.cpp", "\"veth|loopback\""),
     "sudo clusterip status": Run("loaded", holds=("^SERVICE",)),
     "sudo clusterip unload": Run("loaded", holds=("^unloaded",)),
     "sudo clusterip unload --pin DIR": Run("loaded", instead=f"sudo clusterip unload --pin {PIN}", holds=("^unloaded",)),

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-2-Clause
-#include "tests/bench/proxy/load.h"
+#include "tests/bench/compare/load.h"
 
-#include <arpa/inet.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/prctl.h>
@@ -18,6 +18,7 @@
 #include <limits>
 #include <span>
 #include <stdexcept>
+#include <system_error>
 #include <utility>
 
 namespace bench {
@@ -32,15 +33,6 @@ constexpr int tick = 10;  // ms that a loop sleeps at most
 
 // Both ends use buffers as large as makes their system calls cheap.
 std::array<char, 256 << 10> buffer;
-
-sockaddr_in socket_address(const Endpoint& endpoint) {
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_port = htons(endpoint.port);
-  if (::inet_pton(AF_INET, endpoint.address.c_str(), &address.sin_addr) != 1)
-    throw std::runtime_error(endpoint.address + " is no IPv4 address");
-  return address;
-}
 
 /// A set of descriptors, each with an index of the caller's.
 class Poller {
@@ -63,14 +55,6 @@ class Poller {
   std::array<epoll_event, 256> events_{};
 };
 
-Fd listen_at(const Endpoint& endpoint) {
-  Fd fd(checked(::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), "socket"));
-  const sockaddr_in address = socket_address(endpoint);
-  checked(::bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), "bind");
-  checked(::listen(fd.get(), 4096), "listen");
-  return fd;
-}
-
 /// False when the connection is over.
 bool serve(const Fd& connection, Behaviour behaviour) {
   if (behaviour == Behaviour::source) {
@@ -79,6 +63,18 @@ bool serve(const Fd& connection, Behaviour behaviour) {
   const ssize_t size = ::recv(connection.get(), buffer.data(), buffer.size(), 0);
   // What is asked here is small and answered before more is asked: an answer that does not fit is the end of it.
   return size > 0 && ::send(connection.get(), buffer.data(), static_cast<std::size_t>(size), MSG_NOSIGNAL) == size;
+}
+
+[[noreturn]] void return_datagrams(const Fd& fd) {
+  for (;;) {
+    sockaddr_in from{};
+    socklen_t length = sizeof from;
+    const ssize_t size =
+        ::recvfrom(fd.get(), buffer.data(), buffer.size(), 0, reinterpret_cast<sockaddr*>(&from), &length);
+    if (size >= 0)
+      ::sendto(fd.get(), buffer.data(), static_cast<std::size_t>(size), 0, reinterpret_cast<const sockaddr*>(&from),
+               length);
+  }
 }
 
 [[noreturn]] void serve_for_ever(const Fd& listener, Behaviour behaviour) {
@@ -150,6 +146,27 @@ bool send_all(const Fd& fd, std::size_t size) {
   return ::send(fd.get(), buffer.data(), size, MSG_NOSIGNAL) == static_cast<ssize_t>(size);
 }
 
+/// Its calls end after a second at the latest, and it is reset when it is closed: there are more connections than
+/// ports.
+Fd impatient_socket() {
+  Fd fd = new_socket();
+  const timeval limit{.tv_sec = 1, .tv_usec = 0};
+  checked(::setsockopt(fd.get(), SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit), "SO_RCVTIMEO");
+  checked(::setsockopt(fd.get(), SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit), "SO_SNDTIMEO");
+  const linger reset{.l_onoff = 1, .l_linger = 0};
+  checked(::setsockopt(fd.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof reset), "SO_LINGER");
+  return fd;
+}
+
+/// The next connection, within a second, or none.
+Fd accept_from(const Fd& listener) {
+  pollfd acceptable{listener.get(), POLLIN, 0};
+  Fd fd(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
+  if (fd.get() < 0 && ::poll(&acceptable, 1, 1000) > 0)
+    fd = Fd(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
+  return fd;
+}
+
 /// One of the connections that follow each other.
 struct Attempt {
   Fd fd;
@@ -159,13 +176,36 @@ struct Attempt {
 
 }  // namespace
 
-Server::Server(Behaviour behaviour) {
-  const Fd listener = listen_at(backend);
+sockaddr_in endpoint(std::uint32_t address, std::uint16_t port) {
+  sockaddr_in result{};
+  result.sin_family = AF_INET;
+  result.sin_port = htons(port);
+  result.sin_addr.s_addr = htonl(address);
+  return result;
+}
+
+support::Fd listen_at(std::uint16_t port) {
+  Fd fd(checked(::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), "socket"));
+  const sockaddr_in address = endpoint(INADDR_ANY, port);
+  checked(::bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), "bind");
+  checked(::listen(fd.get(), 4096), "listen");
+  return fd;
+}
+
+Server::Server(Behaviour behaviour, const sockaddr_in& where) {
+  Fd fd;
+  if (behaviour == Behaviour::datagrams) {
+    fd = Fd(checked(::socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), "socket"));
+    checked(::bind(fd.get(), reinterpret_cast<const sockaddr*>(&where), sizeof where), "bind");
+  } else {
+    fd = listen_at(ntohs(where.sin_port));
+  }
   pid_ = checked(::fork(), "fork");
   if (pid_ != 0) return;
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
   try {
-    serve_for_ever(listener, behaviour);
+    if (behaviour == Behaviour::datagrams) return_datagrams(fd);
+    serve_for_ever(fd, behaviour);
   } catch (const std::exception&) {
     // Its clients see it go.
     ::_exit(1);
@@ -185,21 +225,88 @@ double Server::cpu_seconds() const {
   return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) / 1e9;
 }
 
-bool answers(const Endpoint& there) {
-  const Fd fd = new_socket();
-  const timeval limit{.tv_sec = 1, .tv_usec = 0};
-  checked(::setsockopt(fd.get(), SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit), "SO_RCVTIMEO");
+bool answers(const sockaddr_in& there) {
+  const Fd fd = impatient_socket();
   char byte = 0;
-  return connect_to(fd, socket_address(there)) && send_all(fd, 1) && ::recv(fd.get(), &byte, 1, 0) == 1;
+  return connect_to(fd, there) && send_all(fd, 1) && ::recv(fd.get(), &byte, 1, 0) == 1;
 }
 
-Tally receive(const Endpoint& there, std::size_t streams, const Schedule& schedule) {
+Latencies connect_in_turn(const Fd& listener, std::size_t count, const std::function<sockaddr_in()>& there) {
+  constexpr std::uint64_t enough = 10;  // of failures: each takes a second
+  const auto microseconds = [](Clock::time_point from, Clock::time_point to) {
+    return std::chrono::duration<double, std::micro>(to - from).count();
+  };
+  Latencies latencies;
+  for (std::size_t i = 0; i < count && latencies.failures < enough; ++i) {
+    const sockaddr_in address = there();
+    const Fd client = impatient_socket();
+    const auto begin = Clock::now();
+    const bool connected = connect_to(client, address);
+    const auto connected_at = Clock::now();
+    const Fd server = connected ? accept_from(listener) : Fd();
+    char byte = 'x';
+    if (server.get() < 0 || !send_all(client, 1) || ::recv(server.get(), &byte, 1, 0) != 1 || !send_all(server, 1) ||
+        ::recv(client.get(), &byte, 1, 0) != 1) {
+      ++latencies.failures;
+      continue;
+    }
+    latencies.connect.push_back(microseconds(begin, connected_at));
+    latencies.answered.push_back(microseconds(begin, Clock::now()));
+  }
+  return latencies;
+}
+
+std::uint32_t accepted_at(const Fd& listener, const sockaddr_in& there) {
+  const Fd client = impatient_socket();
+  if (!connect_to(client, there)) throw std::system_error(errno, std::generic_category(), "connect");
+  const Fd server = accept_from(listener);
+  sockaddr_in address{};
+  socklen_t length = sizeof address;
+  checked(::getsockname(server.get(), reinterpret_cast<sockaddr*>(&address), &length), "accept");
+  return ntohl(address.sin_addr.s_addr);
+}
+
+Datagrams exchange_datagrams(const sockaddr_in& there, std::size_t batches, std::size_t batch) {
+  const Fd client(checked(::socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), "socket"));
+  const auto each = [batch](Clock::time_point from) {
+    return std::chrono::duration<double, std::nano>(Clock::now() - from).count() / static_cast<double>(batch);
+  };
+  Datagrams datagrams;
+  for (std::size_t i = 0; i < batches; ++i) {
+    const auto begin = Clock::now();
+    for (std::size_t k = 0; k < batch; ++k)
+      ::sendto(client.get(), buffer.data(), 1, 0, reinterpret_cast<const sockaddr*>(&there), sizeof there);
+    datagrams.send.push_back(each(begin));
+
+    // Only a call that finds a datagram is timed.
+    for (std::size_t k = 0; k < batch;) {
+      char byte = 0;
+      sockaddr_in from{};
+      socklen_t length = sizeof from;
+      const auto before = Clock::now();
+      const ssize_t size =
+          ::recvfrom(client.get(), &byte, 1, MSG_DONTWAIT, reinterpret_cast<sockaddr*>(&from), &length);
+      if (size == 1) {
+        datagrams.receive.push_back(std::chrono::duration<double, std::nano>(Clock::now() - before).count());
+        ++k;
+        continue;
+      }
+      pollfd readable{client.get(), POLLIN, 0};
+      if (::poll(&readable, 1, std::chrono::milliseconds(stalled).count()) > 0) continue;
+      datagrams.failures += batch - k;
+      return datagrams;
+    }
+  }
+  return datagrams;
+}
+
+Tally receive(const sockaddr_in& there, std::size_t streams, const Schedule& schedule) {
   Progress progress(schedule);
   Poller poller;
   std::vector<Fd> connections;
   for (std::size_t i = 0; i < streams; ++i) {
     connections.push_back(new_socket());
-    if (connect_to(connections[i], socket_address(there)))
+    if (connect_to(connections[i], there))
       poller.add(connections[i], i, EPOLLIN);
     else
       progress.count_failure();
@@ -224,8 +331,7 @@ Tally receive(const Endpoint& there, std::size_t streams, const Schedule& schedu
   return tally;
 }
 
-Tally connect_again_and_again(const Endpoint& there, std::size_t in_flight, const Schedule& schedule) {
-  const sockaddr_in address = socket_address(there);
+Tally connect_again_and_again(const sockaddr_in& there, std::size_t in_flight, const Schedule& schedule) {
   Progress progress(schedule);
   Poller poller;
   std::vector<Attempt> attempts(in_flight);
@@ -238,7 +344,7 @@ Tally connect_again_and_again(const Endpoint& there, std::size_t in_flight, cons
   const auto begin = [&](std::size_t index) {
     Attempt& attempt = attempts[index];
     attempt = {.fd = new_socket(SOCK_NONBLOCK), .sent = false, .since = progress.now()};
-    if (!connect_to(attempt.fd, address) && errno != EINPROGRESS) return fail(attempt);
+    if (!connect_to(attempt.fd, there) && errno != EINPROGRESS) return fail(attempt);
     // On loopback the handshake is most often over when connect() returns.
     attempt.sent = send_all(attempt.fd, 1);
     if (!attempt.sent && errno != EAGAIN) return fail(attempt);
@@ -274,7 +380,8 @@ Tally connect_again_and_again(const Endpoint& there, std::size_t in_flight, cons
   return tally;
 }
 
-Tally ask_again_and_again(const Endpoint& there, std::size_t connections, std::size_t size, const Schedule& schedule) {
+Tally ask_again_and_again(const sockaddr_in& there, std::size_t connections, std::size_t size,
+                          const Schedule& schedule) {
   struct Conversation {
     Fd fd;
     std::size_t missing = 0;  // bytes of the reply
@@ -294,7 +401,7 @@ Tally ask_again_and_again(const Endpoint& there, std::size_t connections, std::s
   };
   for (std::size_t i = 0; i < connections; ++i) {
     conversations[i].fd = new_socket();
-    if (!connect_to(conversations[i].fd, socket_address(there))) {
+    if (!connect_to(conversations[i].fd, there)) {
       progress.count_failure();
       conversations[i].fd.reset();
       continue;
@@ -325,7 +432,7 @@ Tally ask_again_and_again(const Endpoint& there, std::size_t connections, std::s
   return tally;
 }
 
-Idle open_idle(const Endpoint& there, std::size_t count) {
+Idle open_idle(const sockaddr_in& there, std::size_t count) {
   constexpr std::size_t batch = 64;
   const timeval limit{.tv_sec = 5, .tv_usec = 0};
   Idle idle;
@@ -335,7 +442,7 @@ Idle open_idle(const Endpoint& there, std::size_t count) {
     for (std::size_t i = std::min(batch, count - idle.connections.size()); i > 0 && idle.failures == 0; --i) {
       Fd fd = new_socket();
       checked(::setsockopt(fd.get(), SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit), "SO_RCVTIMEO");
-      if (connect_to(fd, socket_address(there)) && send_all(fd, 1))
+      if (connect_to(fd, there) && send_all(fd, 1))
         fresh.push_back(std::move(fd));
       else
         ++idle.failures;
