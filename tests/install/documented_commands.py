@@ -619,6 +619,7 @@ while [ $# -gt 0 ]; do
     --build) build=true ;;
     --preset) {CMAKE} --list-presets=$($build && echo build || echo configure) | grep -q "\\"$2\\"" || exit 1
               echo "preset $2"; shift ;;
+    -D) shift ;;
     --target) shift
               for target; do
                 {CMAKE} --build {BUILD} --target help | grep -q "^$target: " || exit 1; echo "target $target"
