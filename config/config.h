@@ -136,6 +136,7 @@ struct Config {
   Limits limits;
   Userspace userspace;
   Metrics metrics;
+  std::optional<Kubernetes> kubernetes;
   std::vector<Service> services;
 };
 
