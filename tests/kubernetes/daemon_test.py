@@ -144,6 +144,14 @@ class Scenario(unittest.TestCase):
         self.come_from("10.96.200.2", "backend1")
         self.assertEqual(sorted(one["name"] for one in self.status()["services"]), ["default/web:80/tcp", "fixed", "more"])
 
+    def test_who_follows_no_cluster_says_so(self):
+        refused = run(stage.BUILD / "run/fallback_proxy", "--config", self.file, check=False)
+        self.assertEqual(refused.returncode, 3, refused.stderr)
+        self.assertIn("kubernetes: only `clusterip run` follows a cluster", refused.stderr)
+        loaded = run(CLUSTERIP, "load", "--config", self.file, "--plugin", stage.PLUGIN)
+        self.assertIn("services of Kubernetes are served only while a daemon runs", loaded.stderr)
+        self.assertEqual(self.api.requests, [])
+
     def test_a_collision_names_both_and_the_file_wins(self):
         self.api.put("services", service("thief", 200 * 250))  # the file's VIP
         self.api.put("services", service("web", 0))
