@@ -69,7 +69,7 @@ int main(int count, char** words) {
   auto source = kubernetes::Source::create(
       io, choices, pace,
       {.changed =
-           [](std::vector<kubernetes::Change> changes) {
+           [](const std::vector<kubernetes::Change>& changes) {
              boost::json::object services;
              for (const kubernetes::Change& change : changes) services[change.name] = shown(change.services);
              print({{"services", std::move(services)}});

@@ -55,16 +55,16 @@ std::vector<std::string> changes(Store& store) {
 class KubernetesStore : public testing::Test {
  protected:
   void list(Kind kind, const std::vector<object>& objects, std::uint64_t version) {
-    store.begin_list(kind);
-    for (const object& one : objects) store.list(kind, one);
-    store.end_list(kind, version);
+    store_.begin_list(kind);
+    for (const object& one : objects) store_.list(kind, one);
+    store_.end_list(kind, version);
   }
   void SetUp() override {
     list(Kind::service, {service("web", 0, 5)}, 10);
     list(Kind::slice, {slice("web-a", "web", {1, 2}, 6)}, 10);
-    ASSERT_THAT(changes(store), ElementsAre("default/web 10.96.0.1 2"));
+    ASSERT_THAT(changes(store_), ElementsAre("default/web 10.96.0.1 2"));
   }
-  Store store{config::Kubernetes{}};
+  Store store_{config::Kubernetes{}};
 };
 
 TEST_F(KubernetesStore, IsCompleteWithTheFirstListOfBothKinds) {
@@ -80,88 +80,88 @@ TEST_F(KubernetesStore, IsCompleteWithTheFirstListOfBothKinds) {
 
 TEST_F(KubernetesStore, EventTouchesItsServiceOnly) {
   list(Kind::service, {service("web", 0, 5), service("db", 1, 8)}, 11);
-  EXPECT_THAT(changes(store), ElementsAre("default/db 10.96.0.2 0"));
-  store.apply(Kind::slice, Event::added, slice("web-b", "web", {3}, 12));
-  EXPECT_THAT(changes(store), ElementsAre("default/web 10.96.0.1 3"));
-  store.apply(Kind::slice, Event::deleted, slice("web-a", "web", {1, 2}, 13));
-  EXPECT_THAT(changes(store), ElementsAre("default/web 10.96.0.1 1"));
+  EXPECT_THAT(changes(store_), ElementsAre("default/db 10.96.0.2 0"));
+  store_.apply(Kind::slice, Event::added, slice("web-b", "web", {3}, 12));
+  EXPECT_THAT(changes(store_), ElementsAre("default/web 10.96.0.1 3"));
+  store_.apply(Kind::slice, Event::deleted, slice("web-a", "web", {1, 2}, 13));
+  EXPECT_THAT(changes(store_), ElementsAre("default/web 10.96.0.1 1"));
 }
 
 TEST_F(KubernetesStore, SliceThatComesBeforeItsServiceIsKept) {
-  store.apply(Kind::slice, Event::added, slice("db-a", "db", {7}, 12));
-  EXPECT_THAT(changes(store), IsEmpty());
-  store.apply(Kind::service, Event::added, service("db", 1, 11));
-  EXPECT_THAT(changes(store), ElementsAre("default/db 10.96.0.2 1"));
+  store_.apply(Kind::slice, Event::added, slice("db-a", "db", {7}, 12));
+  EXPECT_THAT(changes(store_), IsEmpty());
+  store_.apply(Kind::service, Event::added, service("db", 1, 11));
+  EXPECT_THAT(changes(store_), ElementsAre("default/db 10.96.0.2 1"));
 }
 
 TEST_F(KubernetesStore, SliceThatMovesToAnotherServiceChangesBoth) {
-  store.apply(Kind::service, Event::added, service("db", 1, 11));
-  changes(store);
-  store.apply(Kind::slice, Event::modified, slice("web-a", "db", {1, 2}, 12));
-  EXPECT_THAT(changes(store), ElementsAre("default/db 10.96.0.2 2", "default/web 10.96.0.1 0"));
+  store_.apply(Kind::service, Event::added, service("db", 1, 11));
+  changes(store_);
+  store_.apply(Kind::slice, Event::modified, slice("web-a", "db", {1, 2}, 12));
+  EXPECT_THAT(changes(store_), ElementsAre("default/db 10.96.0.2 2", "default/web 10.96.0.1 0"));
 }
 
 TEST_F(KubernetesStore, WhatDoesNotChangeTheServiceIsNoChange) {
   auto annotated = service("web", 0, 12);
   annotated["metadata"].as_object()["annotations"] = object{{"a", "b"}};
-  store.apply(Kind::service, Event::modified, annotated);
-  store.apply(Kind::slice, Event::modified, slice("web-a", "web", {2, 1}, 12));
-  store.apply(Kind::slice, Event::modified, slice("web-a", "web", {1, 2, 3}, 13));
-  store.apply(Kind::slice, Event::modified, slice("web-a", "web", {1, 2}, 14));
-  EXPECT_THAT(changes(store), IsEmpty());
+  store_.apply(Kind::service, Event::modified, annotated);
+  store_.apply(Kind::slice, Event::modified, slice("web-a", "web", {2, 1}, 12));
+  store_.apply(Kind::slice, Event::modified, slice("web-a", "web", {1, 2, 3}, 13));
+  store_.apply(Kind::slice, Event::modified, slice("web-a", "web", {1, 2}, 14));
+  EXPECT_THAT(changes(store_), IsEmpty());
 }
 
 TEST_F(KubernetesStore, OldAndRepeatedEventsChangeNothing) {
-  store.apply(Kind::slice, Event::modified, slice("web-a", "web", {9}, 6));  // in the list already
-  store.apply(Kind::slice, Event::modified, slice("web-a", "web", {1, 2, 3}, 15));
-  store.apply(Kind::slice, Event::modified, slice("web-a", "web", {1}, 14));
-  EXPECT_THAT(changes(store), ElementsAre("default/web 10.96.0.1 3"));
-  store.apply(Kind::slice, Event::deleted, slice("web-a", "web", {1}, 14));
-  store.apply(Kind::slice, Event::modified, slice("web-a", "web", {1, 2, 3}, 15));
-  EXPECT_THAT(changes(store), IsEmpty());
+  store_.apply(Kind::slice, Event::modified, slice("web-a", "web", {9}, 6));  // in the list already
+  store_.apply(Kind::slice, Event::modified, slice("web-a", "web", {1, 2, 3}, 15));
+  store_.apply(Kind::slice, Event::modified, slice("web-a", "web", {1}, 14));
+  EXPECT_THAT(changes(store_), ElementsAre("default/web 10.96.0.1 3"));
+  store_.apply(Kind::slice, Event::deleted, slice("web-a", "web", {1}, 14));
+  store_.apply(Kind::slice, Event::modified, slice("web-a", "web", {1, 2, 3}, 15));
+  EXPECT_THAT(changes(store_), IsEmpty());
 }
 
 TEST_F(KubernetesStore, WhatWasDeletedDoesNotComeBackByAnOldEvent) {
-  store.apply(Kind::service, Event::deleted, service("web", 0, 20));
-  store.apply(Kind::service, Event::modified, service("web", 0, 19));
-  EXPECT_THAT(changes(store), ElementsAre("default/web"));
-  store.bookmark(Kind::service, 30);
-  store.apply(Kind::service, Event::modified, service("web", 0, 29));
-  EXPECT_THAT(changes(store), IsEmpty());
-  store.apply(Kind::service, Event::added, service("web", 0, 31));
-  EXPECT_THAT(changes(store), ElementsAre("default/web 10.96.0.1 2"));
+  store_.apply(Kind::service, Event::deleted, service("web", 0, 20));
+  store_.apply(Kind::service, Event::modified, service("web", 0, 19));
+  EXPECT_THAT(changes(store_), ElementsAre("default/web"));
+  store_.bookmark(Kind::service, 30);
+  store_.apply(Kind::service, Event::modified, service("web", 0, 29));
+  EXPECT_THAT(changes(store_), IsEmpty());
+  store_.apply(Kind::service, Event::added, service("web", 0, 31));
+  EXPECT_THAT(changes(store_), ElementsAre("default/web 10.96.0.1 2"));
 }
 
 TEST_F(KubernetesStore, RelistDropsWhatIsGoneAndNothingBeforeItsEnd) {
-  store.begin_list(Kind::slice);
-  EXPECT_THAT(changes(store), IsEmpty());
-  store.list(Kind::slice, slice("web-b", "web", {4}, 40));
-  EXPECT_THAT(changes(store), ElementsAre("default/web 10.96.0.1 3"));
-  store.end_list(Kind::slice, 41);
-  EXPECT_THAT(changes(store), ElementsAre("default/web 10.96.0.1 1"));
+  store_.begin_list(Kind::slice);
+  EXPECT_THAT(changes(store_), IsEmpty());
+  store_.list(Kind::slice, slice("web-b", "web", {4}, 40));
+  EXPECT_THAT(changes(store_), ElementsAre("default/web 10.96.0.1 3"));
+  store_.end_list(Kind::slice, 41);
+  EXPECT_THAT(changes(store_), ElementsAre("default/web 10.96.0.1 1"));
 }
 
 TEST_F(KubernetesStore, ListOfAnEarlierTimeIsBelieved) {
-  store.apply(Kind::slice, Event::modified, slice("web-a", "web", {1, 2, 3}, 15));
+  store_.apply(Kind::slice, Event::modified, slice("web-a", "web", {1, 2, 3}, 15));
   list(Kind::slice, {slice("web-a", "web", {1}, 3)}, 4);  // the cluster was restored from a backup
-  EXPECT_THAT(changes(store), ElementsAre("default/web 10.96.0.1 1"));
-  store.apply(Kind::slice, Event::modified, slice("web-a", "web", {1, 2}, 5));
-  EXPECT_THAT(changes(store), ElementsAre("default/web 10.96.0.1 2"));
+  EXPECT_THAT(changes(store_), ElementsAre("default/web 10.96.0.1 1"));
+  store_.apply(Kind::slice, Event::modified, slice("web-a", "web", {1, 2}, 5));
+  EXPECT_THAT(changes(store_), ElementsAre("default/web 10.96.0.1 2"));
 }
 
 TEST_F(KubernetesStore, ObjectThatTurnsBadIsAsIfItWereNotThereAndIsToldOnce) {
   auto bad = service("web", 0, 20);
   bad["spec"] = "none";
-  store.apply(Kind::service, Event::modified, bad);
-  EXPECT_THAT(changes(store), ElementsAre("default/web"));
+  store_.apply(Kind::service, Event::modified, bad);
+  EXPECT_THAT(changes(store_), ElementsAre("default/web"));
   bad["metadata"].as_object()["resourceVersion"] = "21";
-  store.apply(Kind::service, Event::modified, bad);
-  EXPECT_THAT(store.take_problems(),
+  store_.apply(Kind::service, Event::modified, bad);
+  EXPECT_THAT(store_.take_problems(),
               ElementsAre("service default/web: spec: expected an object, got \"none\": skipped"));
-  store.apply(Kind::service, Event::modified, service("web", 0, 22));
-  EXPECT_THAT(changes(store), ElementsAre("default/web 10.96.0.1 2"));
-  store.drop(Kind::slice, "default/web-a");
-  EXPECT_THAT(changes(store), ElementsAre("default/web 10.96.0.1 0"));
+  store_.apply(Kind::service, Event::modified, service("web", 0, 22));
+  EXPECT_THAT(changes(store_), ElementsAre("default/web 10.96.0.1 2"));
+  store_.drop(Kind::slice, "default/web-a");
+  EXPECT_THAT(changes(store_), ElementsAre("default/web 10.96.0.1 0"));
 }
 
 /// A cluster that changes by chance, and a store that hears of it late, twice, in the wrong order and with gaps.
