@@ -79,6 +79,8 @@ Outcome run(const Plugin& plugin, const Given& given) {
                  config::printable(service.reason));
     }
   }
+  if (model && model->kubernetes)
+    fmt::print(stderr, "warning: services of Kubernetes are served only while a daemon runs (clusterip run)\n");
   if (model && std::ranges::any_of(model->services, [](const auto& service) { return service.health.has_value(); }))
     fmt::print(stderr, "warning: health is checked only while a daemon runs (clusterip run)\n");
   if (model) warn_of_daemon(model->engine.control, pin);

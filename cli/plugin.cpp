@@ -61,6 +61,7 @@ std::expected<Plugin, Failure> load_plugin(const std::string& path) {
       find(library, "clusterip_detach", plugin.detach) && find(library, "clusterip_resolve", plugin.resolve) &&
       find(library, "clusterip_visit_services", plugin.visit_services) &&
       find(library, "clusterip_canary", plugin.canary) &&
+      find(library, "clusterip_set_backends", plugin.set_backends) &&
       find(library, "clusterip_set_backend_state", plugin.set_backend_state) &&
       find(library, "clusterip_refuse_left_out", plugin.refuse_left_out) &&
       find(library, "clusterip_event_fd", plugin.event_fd) &&

@@ -26,6 +26,7 @@ struct Plugin {
   decltype(&clusterip_open) open = nullptr;
   decltype(&clusterip_load_text) load_text = nullptr;
   decltype(&clusterip_check_text) check_text = nullptr;
+  decltype(&clusterip_set_backends) set_backends = nullptr;
   decltype(&clusterip_set_backend_state) set_backend_state = nullptr;
   decltype(&clusterip_refuse_left_out) refuse_left_out = nullptr;
   decltype(&clusterip_attach) attach = nullptr;

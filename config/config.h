@@ -20,6 +20,7 @@ using Address = boost::asio::ip::address;
 struct Position {
   std::uint32_t line = 0;
   std::uint32_t column = 0;
+  bool operator==(const Position&) const = default;
 };
 
 enum class Protocol : std::uint8_t { tcp = 6, udp = 17 };  // the IP protocol numbers
@@ -44,6 +45,7 @@ struct Backend {
   std::uint32_t weight = 1;  // 1 to max_weight
   BackendState state = BackendState::active;
   Position position;
+  bool operator==(const Backend&) const = default;
 };
 
 struct Health {
@@ -78,6 +80,7 @@ struct Service {
   OnRemove on_remove = OnRemove::drain;
   std::vector<Backend> backends;
   Position position;
+  bool operator==(const Service&) const = default;
 };
 
 struct Engine {
@@ -111,11 +114,29 @@ struct Metrics {
   std::optional<std::string> listen;  // "address:port"
 };
 
+/// A Kubernetes API server to take services from, and which of them.
+struct Kubernetes {
+  std::string kubeconfig;               // a file; empty: `server`, or the pod that this runs in
+  std::string context;                  // of the kubeconfig; empty: its current one
+  std::string server;                   // "https://10.0.0.1:6443"
+  std::string ca_file;                  // who signs its certificate; empty: the pod's, else the system's authorities
+  std::string token_file;               // empty: the pod's
+  std::vector<std::string> namespaces;  // empty: all
+  std::string selector;                 // labels of services, "app=web,tier!=test"
+  std::string node;                     // this machine's, for what is local and for hints; empty: none
+  std::string zone;                     // the node's; empty: none
+  std::string proxy_name;               // serve services with this service-proxy-name; empty: those without one
+  bool external_ips = false;
+  bool load_balancer_ips = false;
+  bool operator==(const Kubernetes&) const = default;
+};
+
 struct Config {
   Engine engine;
   Limits limits;
   Userspace userspace;
   Metrics metrics;
+  std::optional<Kubernetes> kubernetes;
   std::vector<Service> services;
 };
 

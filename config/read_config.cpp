@@ -104,6 +104,29 @@ Parsed<std::string> parse_cgroup(std::string_view text) {
   return path;
 }
 
+/// A part of a label selector's text: nothing that ends a query, or a line.
+Parsed<std::string> parse_words(std::string_view text) {
+  constexpr std::size_t max_length = 1024;
+  const bool is_plain = std::ranges::all_of(text, [](char c) { return c >= 0x20 && c < 0x7f; });
+  if (text.empty() || text.size() > max_length || !is_plain)
+    return std::unexpected(fmt::format("1 to {} printable ASCII characters", max_length));
+  return std::string(text);
+}
+
+/// What a Kubernetes object may be called.
+Parsed<std::string> parse_label(std::string_view text) {
+  constexpr std::size_t max_length = 253;
+  constexpr std::string_view allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_";
+  if (text.empty() || text.size() > max_length || text.find_first_not_of(allowed) != std::string_view::npos)
+    return std::unexpected(fmt::format("a name of 1 to {} letters, digits and . - _", max_length));
+  return std::string(text);
+}
+
+Parsed<std::string> parse_server_url(std::string_view text) {
+  if ((text.starts_with("https://") || text.starts_with("http://")) && parse_words(text)) return std::string(text);
+  return std::unexpected("a URL such as \"https://10.0.0.1:6443\"");
+}
+
 // The parser's words are "Error while parsing string: encountered end-of-file", and may repeat a key of any length.
 std::string syntax_error(std::string_view description) {
   constexpr std::string_view prefix = "Error while parsing ";
@@ -201,12 +224,13 @@ class Reader {
     if (const std::string expected = unicast_fault(endpoint.address); !expected.empty()) mistake(value, expected);
   }
 
-  void networks(const Value& value, std::vector<std::string>& out) {
-    elements(value, "an array of networks",
-             [&](const Value& element) { parsed(element, parse_network, out.emplace_back()); });
+  template <class Parse>
+  void texts(const Value& value, std::string_view expected, Parse parse, std::vector<std::string>& out) {
+    elements(value, expected, [&](const Value& element) { parsed(element, parse, out.emplace_back()); });
   }
 
   void backends(const Value& value, std::vector<Backend>& out);
+  void kubernetes(const Value& value, Config& out);
   void services(const Value& value, Config& out);
 
   template <class T>
@@ -250,7 +274,8 @@ constexpr Field<Userspace> userspace_fields[] = {
     {"drain_timeout", [](Reader& r, const Value& v, Userspace& u) { r.duration(v, 0ms, u.drain_timeout); }},
     {"udp_timeout", [](Reader& r, const Value& v, Userspace& u) { r.duration(v, 1ms, u.udp_timeout); }},
     {"local_vips", [](Reader& r, const Value& v, Userspace& u) { r.flag(v, u.local_vips); }},
-    {"allow_from", [](Reader& r, const Value& v, Userspace& u) { r.networks(v, u.allow_from); }},
+    {"allow_from",
+     [](Reader& r, const Value& v, Userspace& u) { r.texts(v, "an array of networks", parse_network, u.allow_from); }},
 };
 
 constexpr Field<Metrics> metrics_fields[] = {
@@ -260,6 +285,22 @@ constexpr Field<Metrics> metrics_fields[] = {
        r.parsed(v, parse_endpoint, endpoint);
        m.listen = to_text(endpoint.address, endpoint.port);
      }},
+};
+
+constexpr Field<Kubernetes> kubernetes_fields[] = {
+    {"kubeconfig", [](Reader& r, const Value& v, Kubernetes& k) { r.path(v, max_path, k.kubeconfig); }},
+    {"context", [](Reader& r, const Value& v, Kubernetes& k) { r.parsed(v, parse_words, k.context); }},
+    {"server", [](Reader& r, const Value& v, Kubernetes& k) { r.parsed(v, parse_server_url, k.server); }},
+    {"ca_file", [](Reader& r, const Value& v, Kubernetes& k) { r.path(v, max_path, k.ca_file); }},
+    {"token_file", [](Reader& r, const Value& v, Kubernetes& k) { r.path(v, max_path, k.token_file); }},
+    {"namespaces",
+     [](Reader& r, const Value& v, Kubernetes& k) { r.texts(v, "an array of namespaces", parse_label, k.namespaces); }},
+    {"selector", [](Reader& r, const Value& v, Kubernetes& k) { r.parsed(v, parse_words, k.selector); }},
+    {"node", [](Reader& r, const Value& v, Kubernetes& k) { r.parsed(v, parse_label, k.node); }},
+    {"zone", [](Reader& r, const Value& v, Kubernetes& k) { r.parsed(v, parse_label, k.zone); }},
+    {"proxy_name", [](Reader& r, const Value& v, Kubernetes& k) { r.parsed(v, parse_label, k.proxy_name); }},
+    {"external_ips", [](Reader& r, const Value& v, Kubernetes& k) { r.flag(v, k.external_ips); }},
+    {"load_balancer_ips", [](Reader& r, const Value& v, Kubernetes& k) { r.flag(v, k.load_balancer_ips); }},
 };
 
 constexpr Field<Health> health_fields[] = {
@@ -310,6 +351,7 @@ constexpr Field<Config> config_fields[] = {
     {"limits", [](Reader& r, const Value& v, Config& c) { r.table<Limits>(v, limits_fields, c.limits); }},
     {"userspace", [](Reader& r, const Value& v, Config& c) { r.table<Userspace>(v, userspace_fields, c.userspace); }},
     {"metrics", [](Reader& r, const Value& v, Config& c) { r.table<Metrics>(v, metrics_fields, c.metrics); }},
+    {"kubernetes", [](Reader& r, const Value& v, Config& c) { r.kubernetes(v, c); }},
     {"service", [](Reader& r, const Value& v, Config& c) { r.services(v, c); }},
 };
 
@@ -359,6 +401,26 @@ void Reader::backends(const Value& value, std::vector<Backend>& out) {
   });
 }
 
+void Reader::kubernetes(const Value& value, Config& out) {
+  Kubernetes& kubernetes = out.kubernetes.emplace();
+  table<Kubernetes>(value, kubernetes_fields, kubernetes);
+  toml::table* table = value.node->as_table();
+  if (!table) return;
+  const auto only = [&](std::string_view key, bool is_allowed, std::string_view expected) {
+    const auto found = table->find(key);
+    if (found == table->end() || is_allowed) return;
+    mistakes_.add(position_of(found->first.source()), Path{&value.path, key}.text(),
+                  fmt::format("expected {}, got {}", expected, shown(&found->second)));
+  };
+  const bool has_file = !kubernetes.kubeconfig.empty();
+  only("context", has_file, "a kubeconfig that it is of");
+  for (const std::string_view key : {"server", "ca_file", "token_file"})
+    only(key, !has_file, "none, as the kubeconfig has it");
+  std::vector<std::string> names = kubernetes.namespaces;
+  std::ranges::sort(names);
+  if (std::ranges::adjacent_find(names) != names.end()) only("namespaces", false, "each namespace once");
+}
+
 void Reader::services(const Value& value, Config& out) {
   if (const auto* array = value.node->as_array()) {
     out.services.reserve(array->size());
@@ -371,6 +433,8 @@ void Reader::services(const Value& value, Config& out) {
     positions.name = positions.vip = element.position;
     toml::table* table = element.node->as_table();
     if (!table) return mistake(element, "a table [[service]]");
+    // Those of the cluster are written behind them, for the fast path.
+    if (out.kubernetes && table->is_inline()) return mistake(element, "a table [[service]], as there is [kubernetes]");
     if (const auto* name = table->get("name")) positions.name = position_of(name->source());
     if (const auto* vip = table->get("vip")) positions.vip = position_of(vip->source());
     const auto key_position = [table](std::string_view key) {

@@ -120,6 +120,7 @@ std::string late_keys(const config::Config& before, const config::Config& after)
   note(before.engine.watch != after.engine.watch, "engine.watch");
   note(before.engine.control != after.engine.control, "engine.control");
   note(before.metrics.listen != after.metrics.listen, "metrics.listen");
+  note(before.kubernetes != after.kubernetes, "kubernetes");
   return fmt::format("{}", fmt::join(keys, ", "));
 }
 

@@ -12,8 +12,8 @@ namespace run {
 /// services.
 std::string describe_change(const config::Config& before, const config::Config& after);
 
-/// The keys of [engine], [limits] and [metrics] that differ although a reload does not change them: "engine.pin".
-/// Empty: there are none.
+/// The keys of [engine], [limits], [metrics] and [kubernetes] that differ although a reload does not change them:
+/// "engine.pin". Empty: there are none.
 std::string late_keys(const config::Config& before, const config::Config& after);
 
 }  // namespace run

@@ -75,6 +75,23 @@ std::expected<clusterip_resolution, Failure> FastPath::resolve(const cli::Endpoi
   return found;
 }
 
+std::expected<void, Failure> FastPath::set_backends(const std::string& service,
+                                                    const std::vector<config::Backend>& backends) {
+  std::vector<std::string> addresses;
+  addresses.reserve(backends.size());
+  std::vector<clusterip_backend> list;
+  list.reserve(backends.size());
+  for (const config::Backend& backend : backends) {
+    auto& one = list.emplace_back(cli::sized<clusterip_backend>());
+    one.address = addresses.emplace_back(backend.address.to_string()).c_str();
+    one.port = backend.port;
+    one.weight = backend.weight;
+    one.state = to_abi(backend.state);
+  }
+  auto error = cli::sized<clusterip_error>();
+  return outcome(plugin_->set_backends(handle_.get(), service.c_str(), list.data(), list.size(), &error), error);
+}
+
 std::expected<void, Failure> FastPath::set_backend_state(const std::string& service, const config::Address& address,
                                                          std::uint16_t port, config::BackendState state) {
   const userspace::SocketAddress backend(address, port);

@@ -37,6 +37,9 @@ class FastPath {
   cli::Canary canary() const { return cli::run_canary(*plugin_, handle_.get()); }
   std::expected<clusterip_resolution, cli::Failure> resolve(const cli::Endpoint& vip) const;
 
+  /// Replaces the backends of one service: costs what the service is large.
+  std::expected<void, cli::Failure> set_backends(const std::string& service,
+                                                 const std::vector<config::Backend>& backends);
   std::expected<void, cli::Failure> set_backend_state(const std::string& service, const config::Address& address,
                                                       std::uint16_t port, config::BackendState state);
 

@@ -120,6 +120,21 @@ void add_service_itself(Text& text, const Status& status) {
               counter);
   text.sample(labels({{"to", "up"}}), status.went_up);
   text.sample(labels({{"to", "down"}}), status.went_down);
+  if (const auto& cluster = status.kubernetes) {
+    text.one("clusterip_kubernetes_current", "1: changes of the cluster come as they happen.", gauge,
+             cluster->is_current);
+    text.one("clusterip_kubernetes_complete", "1: all of the cluster was listed once.", gauge, cluster->is_complete);
+    text.one("clusterip_kubernetes_age_seconds", "For how long changes of the cluster have not come.", gauge,
+             cluster->age);
+    text.one("clusterip_kubernetes_services", "Services of the cluster, those that are not served included.", gauge,
+             cluster->services);
+    text.one("clusterip_kubernetes_endpointslices", "EndpointSlices of the cluster.", gauge, cluster->slices);
+    text.one("clusterip_kubernetes_lists_total", "Times that services or EndpointSlices were listed.", counter,
+             cluster->lists);
+    text.one("clusterip_kubernetes_events_total", "Events of watches.", counter, cluster->events);
+    text.one("clusterip_kubernetes_failures_total", "Connections to the API server that failed.", counter,
+             cluster->failures);
+  }
   text.one("clusterip_lost_events_total", "Decisions that a tracer was too slow for.", counter, status.lost_events);
   text.one("clusterip_proxied_connections", "Connections and UDP flows that the userspace engine carries now.", gauge,
            status.connections);

@@ -21,6 +21,7 @@
 #include <memory>
 #include <set>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -36,11 +37,13 @@
 #include "fallback_proxy/proxy.h"
 #include "fallback_proxy/watched.h"
 #include "health/checker.h"
+#include "run/cluster.h"
 #include "run/control_server.h"
 #include "run/decisions.h"
 #include "run/diff.h"
 #include "run/fast_path.h"
 #include "run/file_watch.h"
+#include "run/merge.h"
 #include "run/metrics.h"
 #include "run/notify.h"
 #include "run/status.h"
@@ -61,6 +64,10 @@ constexpr auto canary_age = 1s;
 struct Source {
   std::string text;
   config::Config config;
+  std::size_t own_services = 0;  // of the file; the cluster's are behind them
+  std::string whole;             // what says all of `config`, when there are services of a cluster
+
+  const std::string& for_fast_path() const { return whole.empty() ? text : whole; }
 };
 
 /// Logs every mistake, as compilers show them. `refused` gets the text that has them.
@@ -71,7 +78,10 @@ std::optional<Source> read(const std::string& file, std::string* refused = nullp
     return {};
   }
   auto config = config::read_config(*text);
-  if (config) return Source{.text = std::move(*text), .config = std::move(*config)};
+  if (config) {
+    const std::size_t own_services = config->services.size();
+    return Source{.text = std::move(*text), .config = std::move(*config), .own_services = own_services, .whole = {}};
+  }
   for (const config::Mistake& mistake : config.error()) spdlog::error("{}", config::render(mistake, *text, file));
   if (refused != nullptr) *refused = std::move(*text);
   return {};
@@ -93,7 +103,12 @@ class Program {
         plugin_(plugin),
         no_plugin_(std::move(no_plugin)),
         no_fast_path_(no_plugin_),
-        in_force_{.engine = first.engine, .limits = {}, .userspace = {}, .metrics = {}, .services = {}},
+        in_force_{.engine = first.engine,
+                  .limits = {},
+                  .userspace = {},
+                  .metrics = {},
+                  .kubernetes = first.kubernetes,
+                  .services = {}},
         control_path_(settings.control.value_or(first.engine.control)),
         signals_(control_, SIGHUP, SIGTERM, SIGINT),
         predecessor_(control_),
@@ -155,6 +170,10 @@ class Program {
     if (auto opened = open_fast_path(); !opened) return opened;
     const config::Engine engine = source.config.engine;
     const config::Metrics metrics = source.config.metrics;
+    if (in_force_.kubernetes) {
+      if (auto followed = follow_cluster(); !followed) return followed;
+      source = with_cluster(std::move(source));
+    }
     if (auto carried = carry_first(std::move(source)); !carried) return carried;
     if (predecessor) {
       if (auto replaced = replace(*predecessor); !replaced) return std::unexpected(to_failure(replaced.error()));
@@ -169,6 +188,107 @@ class Program {
     notify_.emplace(control_);
     Notify::ready(summary());
     return {};
+  }
+
+  // A cluster's services
+
+  /// What an earlier process left of them serves until they were listed.
+  std::expected<void, Failure> follow_cluster() {
+    if (can_replace())
+      return std::unexpected(
+          Failure{.exit = cli::Exit::configuration,
+                  .message = fmt::format("{}: kubernetes: only `clusterip run` follows a cluster", settings_.file)});
+    ClusterServices kept;
+    if (fast_) {
+      if (const auto handle = cli::open_pinned(*plugin_, in_force_.engine.pin)) {
+        if (const auto seen = cli::see_services(*plugin_, handle->get())) kept = cluster_services(*seen);
+      }
+    }
+    if (!kept.empty())
+      spdlog::info("kubernetes: {} that an earlier process left serve until all were listed",
+                   cli::count(kept.size(), "service"));
+    auto followed = Cluster::follow(
+        control_, *in_force_.kubernetes, std::move(kept),
+        {.merge = [this] { return merge_cluster(); },
+         .set_backends =
+             [this](const std::vector<const config::Service*>& changed) { set_cluster_backends(changed); }});
+    if (!followed) return std::unexpected(to_failure(followed.error()));
+    cluster_ = std::move(*followed);
+    return {};
+  }
+
+  Source with_cluster(Source own) const {
+    if (!cluster_) return own;
+    Merged merged = merge(own.config, own.text, cluster_->services());
+    for (const std::string& problem : merged.problems) spdlog::error("{}", problem);
+    return {.text = std::move(own.text),
+            .config = std::move(merged.config),
+            .own_services = own.own_services,
+            .whole = std::move(merged.text)};
+  }
+
+  bool merge_cluster() {
+    if (is_ending_) return true;
+    Source own{.text = text_, .config = config_, .own_services = own_services_, .whole = {}};
+    own.config.services.resize(own_services_);
+    Source source = with_cluster(std::move(own));
+    const std::string change = describe_change(config_, source.config);
+    const auto last_good = reloads_.last_good;
+    if (const auto carried = carry(std::move(source)); !carried) {
+      spdlog::error("kubernetes: {}: what serves goes on serving", carried.error().message);
+      return false;
+    }
+    reloads_.last_good = last_good;  // of the file
+    spdlog::info("kubernetes: {}", change.empty() ? "no service has changed" : change);
+    return true;
+  }
+
+  /// An endpoint came or went: what costs no more than its service.
+  void set_cluster_backends(const std::vector<const config::Service*>& changed) {
+    if (is_ending_) return;
+    bool is_any_proxied = false;
+    for (const config::Service* next : changed) {
+      const auto found = by_cluster_name_.find(next->name);
+      if (found == by_cluster_name_.end()) continue;
+      config::Service& service = config_.services[found->second];
+      const auto is_vip = [&](const config::Backend& backend) {
+        return vips_.contains({backend.address, backend.port, next->protocol});
+      };
+      const std::size_t total = backends_ - service.backends.size() + next->backends.size();
+      // Merging tells what is wrong, and leaves it out.
+      if (total > config_.limits.backends || std::ranges::any_of(next->backends, is_vip)) {
+        cluster_->merge_soon();
+        continue;
+      }
+      if (is_carried(service)) {
+        if (const auto set = fast_->set_backends(service.name, next->backends); !set) {
+          spdlog::error("kubernetes: service {}: {}", service.name, set.error().message);
+          cluster_->merge_soon();
+          continue;
+        }
+      }
+      backends_ = total;
+      service.backends = next->backends;
+      is_any_proxied = is_any_proxied || is_proxied(service);
+    }
+    if (!is_any_proxied) return;
+    for (const std::string& problem :
+         proxy_.apply(proxied_part(config_, [this](const config::Service& service) { return is_proxied(service); })))
+      spdlog::warn("{}", problem);
+  }
+
+  /// What a change of backends needs to know of all services.
+  void index_services() {
+    by_cluster_name_.clear();
+    vips_.clear();
+    backends_ = 0;
+    if (!cluster_) return;
+    for (std::size_t i = 0; i < config_.services.size(); ++i) {
+      const config::Service& service = config_.services[i];
+      if (i >= own_services_) by_cluster_name_.emplace(service.name, i);
+      vips_.emplace(service.vip, service.port, service.protocol);
+      backends_ += service.backends.size();
+    }
   }
 
   // Engines
@@ -205,7 +325,7 @@ class Program {
     if (fast_) {
       // An earlier process may have left its services refused: nobody passes to this engine before it listens.
       proxy_.apply(with_what_is_about_to_come({}, source.config));
-      auto loaded = fast_->load(source.text, settings_.file);
+      auto loaded = fast_->load(source.for_fast_path(), settings_.file);
       if (!loaded) loaded = do_without(loaded.error());
       if (!loaded) return loaded;
     }
@@ -225,7 +345,7 @@ class Program {
           proxied_part(config_, [this](const config::Service& service) { return is_proxied(service); });
       proxy_.apply(with_what_is_about_to_come(before, source.config));
       proxy_.wait_for_closing();
-      auto loaded = fast_->load(source.text, settings_.file);
+      auto loaded = fast_->load(source.for_fast_path(), settings_.file);
       if (loaded) loaded = learn_carriers(source.config);
       if (!loaded) {
         proxy_.apply(before);
@@ -270,6 +390,7 @@ class Program {
                         .limits = config.limits,
                         .userspace = config.userspace,
                         .metrics = config.metrics,
+                        .kubernetes = {},
                         .services = {}};
     for (const config::Service& service : config.services) {
       if (!wanted(service)) continue;
@@ -316,6 +437,8 @@ class Program {
     for (const std::string& problem : problems) spdlog::warn("{}", problem);
     text_ = std::move(source.text);
     config_ = std::move(source.config);
+    own_services_ = source.own_services;
+    index_services();
     if (fast_) reconcile_states();
     keep_reasons();
     reloads_.last_good = std::chrono::system_clock::now();
@@ -528,6 +651,7 @@ class Program {
                   .checked_backends = checker_.checked(),
                   .went_up = went_up_,
                   .went_down = went_down_,
+                  .kubernetes = cluster_ ? std::optional(cluster_->status()) : std::nullopt,
                   .services = {}};
     std::vector<cli::SeenService> carried;
     if (fast_) {
@@ -671,6 +795,7 @@ class Program {
 
   config::Result<userspace::Offer> begin_hand_over() {
     if (fast_) return config::fail(-EOPNOTSUPP, "it has a fast path, which stays when it is restarted: restart it");
+    if (cluster_) return config::fail(-EOPNOTSUPP, "it follows a cluster: restart it");
     if (is_ending_) return config::fail(-EBUSY, "it is ending");
     if (is_handing_over_) return config::fail(-EBUSY, "another process is taking over from it");
     is_handing_over_ = true;
@@ -724,6 +849,7 @@ class Program {
       spdlog::error("{} is not valid: the configuration that serves goes on serving", settings_.file);
       return false;
     }
+    source = with_cluster(std::move(*source));
     const std::string change = describe_change(config_, source->config);
     const std::string text = source->text;
     if (auto carried = carry(std::move(*source)); !carried) {
@@ -764,6 +890,10 @@ class Program {
   std::string text_;                         // that serves
   std::string refused_text_;                 // that the last reload did not take
   config::Config config_;
+  std::size_t own_services_ = 0;                                  // of config_, the file's; then the cluster's
+  std::unordered_map<std::string, std::size_t> by_cluster_name_;  // of config_.services
+  std::set<std::tuple<config::Address, std::uint16_t, config::Protocol>> vips_;
+  std::size_t backends_ = 0;  // of all services
   Reloads reloads_;
   std::optional<cli::Canary> canary_;
   bool has_told_of_canary_ = false;  // that it fails
@@ -786,6 +916,7 @@ class Program {
   std::optional<ControlServer> server_;  // its end tells a successor that all connections have ended: after the proxy's
   health::Checker checker_;
   userspace::Proxy proxy_;
+  std::unique_ptr<Cluster> cluster_;
   std::unique_ptr<Metrics> metrics_;  // asks all of the above
   bool is_handing_over_ = false;
   bool is_ending_ = false;

@@ -74,6 +74,17 @@ std::string canary_text(const object& canary, bool colour) {
   return colour ? cli::paint(failed, Colour::red) : failed;
 }
 
+std::string cluster_text(const object& cluster, bool colour) {
+  if (cluster.at("current").as_bool())
+    return fmt::format("kubernetes: current, {} from {}", cli::count(number(cluster, "services"), "service"),
+                       text(cluster, "server"));
+  std::string stale = cluster.at("complete").as_bool()
+                          ? fmt::format("kubernetes: NOT CURRENT for {:.0f} s", cluster.at("age_s").to_number<double>())
+                          : std::string("kubernetes: NOT LISTED YET");
+  if (!cluster.at("problem").is_null()) stale += ": " + text(cluster, "problem");
+  return colour ? cli::paint(stale, Colour::red) : stale;
+}
+
 /// The line above the tables: which process, which engines, what the canary saw.
 std::string head(const object& status, std::size_t backends, bool colour) {
   std::string head = fmt::format("{}, {}", cli::count(status.at("services").as_array().size(), "service"),
@@ -91,6 +102,8 @@ std::string head(const object& status, std::size_t backends, bool colour) {
     const std::string failed = "the last reload FAILED, what was read before serves on";
     head += "; " + (colour ? cli::paint(failed, Colour::red) : failed);
   }
+  if (const value* cluster = status.if_contains("kubernetes"); cluster != nullptr && cluster->is_object())
+    head += "; " + cluster_text(cluster->as_object(), colour);
   return head;
 }
 
@@ -206,30 +219,45 @@ object to_json(const cli::Canary& canary) {
           {"message", config::printable(canary.message)}};
 }
 
+object to_json(const ClusterStatus& cluster) {
+  return {{"server", cluster.server},
+          {"complete", cluster.is_complete},
+          {"current", cluster.is_current},
+          {"age_s", cluster.age},
+          {"problem", or_null(config::printable(cluster.problem))},
+          {"services", cluster.services},
+          {"slices", cluster.slices},
+          {"lists", cluster.lists},
+          {"events", cluster.events},
+          {"failures", cluster.failures}};
+}
+
 object to_json(const Status& status) {
   boost::json::array services;
   services.reserve(status.services.size());
   for (const ServiceStatus& service : status.services) services.push_back(to_json(service));
   const bool is_running = status.pid != 0;
   const auto if_running = [is_running](const auto& known) { return is_running ? value(known) : value(nullptr); };
-  return {{"program", or_null(status.program)},
-          {"version", or_null(status.version)},
-          {"pid", if_running(status.pid)},
-          {"since", if_running(time_text(status.since))},
-          {"config", or_null(config::printable(status.file))},
-          {"pin", status.has_fast_path ? value(config::printable(status.pin)) : value(nullptr)},
-          {"cgroup", or_null(config::printable(status.cgroup))},
-          {"no_fast_path", or_null(config::printable(status.no_fast_path))},
-          {"canary", status.canary ? value(to_json(*status.canary)) : value(nullptr)},
-          {"lost_events", if_running(status.lost_events)},
-          {"threads", if_running(status.threads)},
-          {"connections", if_running(status.connections)},
-          {"connection_limit", if_running(status.connection_limit)},
-          {"reloads", if_running(status.reloads.succeeded)},
-          {"failed_reloads", if_running(status.reloads.failed)},
-          {"last_reload_good", if_running(status.reloads.is_last_good)},
-          {"checked_backends", if_running(status.checked_backends)},
-          {"services", std::move(services)}};
+  object result{{"program", or_null(status.program)},
+                {"version", or_null(status.version)},
+                {"pid", if_running(status.pid)},
+                {"since", if_running(time_text(status.since))},
+                {"config", or_null(config::printable(status.file))},
+                {"pin", status.has_fast_path ? value(config::printable(status.pin)) : value(nullptr)},
+                {"cgroup", or_null(config::printable(status.cgroup))},
+                {"no_fast_path", or_null(config::printable(status.no_fast_path))},
+                {"canary", status.canary ? value(to_json(*status.canary)) : value(nullptr)},
+                {"lost_events", if_running(status.lost_events)},
+                {"threads", if_running(status.threads)},
+                {"connections", if_running(status.connections)},
+                {"connection_limit", if_running(status.connection_limit)},
+                {"reloads", if_running(status.reloads.succeeded)},
+                {"failed_reloads", if_running(status.reloads.failed)},
+                {"last_reload_good", if_running(status.reloads.is_last_good)},
+                {"checked_backends", if_running(status.checked_backends)},
+                {"services", std::move(services)}};
+  if (status.kubernetes) result["kubernetes"] = to_json(*status.kubernetes);
+  return result;
 }
 
 std::string to_text(const object& status, bool colour) {

@@ -69,6 +69,20 @@ struct Reloads {
   std::chrono::system_clock::time_point last_good;  // when the configuration that serves was read
 };
 
+/// What is known of the cluster whose services are served.
+struct ClusterStatus {
+  std::string server;
+  bool is_complete = false;  // all was listed once; until then, what an earlier process left serves
+  bool is_current = false;   // its changes come as they happen
+  double age = 0;            // seconds since they did for the last time
+  std::string problem;       // why they do not
+  std::size_t services = 0;  // Kubernetes' objects
+  std::size_t slices = 0;
+  std::uint64_t lists = 0;
+  std::uint64_t events = 0;
+  std::uint64_t failures = 0;
+};
+
 struct Status {
   std::string program;
   std::string version;
@@ -88,6 +102,7 @@ struct Status {
   std::size_t checked_backends = 0;
   std::uint64_t went_up = 0;  // health transitions
   std::uint64_t went_down = 0;
+  std::optional<ClusterStatus> kubernetes;
   std::vector<ServiceStatus> services;
 };
 
@@ -98,6 +113,7 @@ ServiceStatus to_status(const userspace::ServiceStatus& seen);
 
 boost::json::object to_json(const ServiceStatus& service);
 boost::json::object to_json(const cli::Canary& canary);
+boost::json::object to_json(const ClusterStatus& cluster);
 boost::json::object to_json(const Status& status);
 
 /// Tables for people, of what to_json() made, here or in another process. Throws boost::system::system_error where that

@@ -52,7 +52,7 @@ struct Row {
 
 const Row rows[] = {
     // keys
-    {"bogus = 1", "1:1: bogus: unknown key, expected engine, limits, userspace, metrics or service"},
+    {"bogus = 1", "1:1: bogus: unknown key, expected engine, limits, userspace, metrics, kubernetes or service"},
     {"[engine]\ncgruop = 1", "2:1: engine.cgruop: unknown key, did you mean \"cgroup\"?"},
     {"[[services]]\nname = \"a\"", "1:3: services: unknown key, did you mean \"service\"?"},
     {"[limits]\n\"a\\u001b.b\" = 1", "2:1: limits.\"a\\x1b.b\": unknown key, expected services, backends or flows"},
@@ -63,6 +63,23 @@ const Row rows[] = {
     {service("backends = [{ addr = \"10.0.0.2\", address = \"10.0.0.2\", port = 1 }]"),
      "6:15: service \"a\": backends[0].addr: unknown key, did you mean \"address\"?"},
     {service("health = { rize = 1 }"), "6:12: service \"a\": health.rize: unknown key, did you mean \"rise\"?"},
+    // kubernetes
+    {"[kubernetes]\nkubeconfg = \"/a\"", "2:1: kubernetes.kubeconfg: unknown key, did you mean \"kubeconfig\"?"},
+    {"[kubernetes]\nkubeconfig = \"a\"", "2:14: kubernetes.kubeconfig: expected an absolute path, got \"a\""},
+    {"[kubernetes]\nserver = \"10.0.0.1:6443\"",
+     "2:10: kubernetes.server: expected a URL such as \"https://10.0.0.1:6443\", got \"10.0.0.1:6443\""},
+    {"[kubernetes]\nkubeconfig = \"/a\"\nserver = \"https://a\"",
+     "3:1: kubernetes.server: expected none, as the kubeconfig has it, got \"https://a\""},
+    {"[kubernetes]\ncontext = \"a\"", "2:1: kubernetes.context: expected a kubeconfig that it is of, got \"a\""},
+    {"[kubernetes]\nnamespaces = [\"a\", \"b\", \"a\"]",
+     "2:1: kubernetes.namespaces: expected each namespace once, got an array"},
+    {"[kubernetes]\nnamespaces = [\"a/b\"]",
+     "2:15: kubernetes.namespaces[0]: expected a name of 1 to 253 letters, digits and . - _, got \"a/b\""},
+    {"[kubernetes]\nselector = \"\"",
+     "2:12: kubernetes.selector: expected 1 to 1024 printable ASCII characters, got \"\""},
+    {"[kubernetes]\nexternal_ips = 1", "2:16: kubernetes.external_ips: expected true or false, got 1"},
+    {"service = [{ name = \"a\", vip = \"10.0.0.1\", port = 1, backends = [] }]\n[kubernetes]",
+     "1:12: service[0]: expected a table [[service]], as there is [kubernetes], got a table"},
     // tables
     {"engine = 1", "1:10: engine: expected a table, got 1"},
     {"[[limits]]", "1:1: limits: expected a table, got an array"},
@@ -330,6 +347,7 @@ TEST(ReadConfig, FillsInTheDefaults) {
   EXPECT_EQ(config->userspace.idle_timeout, 0s);
   EXPECT_TRUE(config->userspace.local_vips);
   EXPECT_FALSE(config->metrics.listen);
+  EXPECT_FALSE(config->kubernetes);
   const Service& service = config->services.at(0);
   EXPECT_EQ(service.protocol, Protocol::tcp);
   EXPECT_EQ(service.policy, Policy::random);
@@ -418,6 +436,17 @@ local_vips      = false
 allow_from      = [ "10.244.0.0/16", "2001:db8::/32" ]
 [metrics]
 listen = "[::1]:9464"
+[kubernetes]
+server     = "https://10.0.0.1:6443"
+ca_file    = "/ca.crt"
+token_file = "/token"
+namespaces = [ "one", "two" ]
+selector   = "app=web,tier!=test"
+node       = "node-1"
+zone       = "east"
+proxy_name = "clusterip"
+external_ips      = true
+load_balancer_ips = true
 [[service]]
 name       = "ns/web:http"
 vip        = "2001:db8::1"
@@ -437,10 +466,18 @@ on_remove  = "reset"
 backends   = [ "[2001:db8::2]:80", { address = "2001:db8::3", port = 81, weight = 65535, state = "drain" } ]
 )";
 
+TEST(ReadConfig, KubeconfigAndItsContextGoTogether) {
+  const auto config = read_config("[kubernetes]\nkubeconfig = \"/kubeconfig\"\ncontext = \"test\"\n");
+  ASSERT_TRUE(config) << testing::PrintToString(lines_of(config.error()));
+  EXPECT_EQ(config->kubernetes->kubeconfig, "/kubeconfig");
+  EXPECT_EQ(config->kubernetes->context, "test");
+  EXPECT_EQ(read_config("[kubernetes]\n")->kubernetes, Kubernetes{});
+}
+
 TEST(ReadConfig, ReadsEveryKeyOfTheSchema) {
   const auto config = read_config(every_key);
   ASSERT_TRUE(config) << testing::PrintToString(lines_of(config.error()));
-  const auto& [engine, limits, userspace, metrics, services] = *config;
+  const auto& [engine, limits, userspace, metrics, kubernetes, services] = *config;
   EXPECT_EQ(engine.mode, EngineMode::userspace);
   EXPECT_EQ(engine.cgroup, "/sys/fs/cgroup/x");
   EXPECT_EQ(engine.pin, "/sys/fs/bpf/other");
@@ -459,6 +496,17 @@ TEST(ReadConfig, ReadsEveryKeyOfTheSchema) {
   EXPECT_FALSE(userspace.local_vips);
   EXPECT_THAT(userspace.allow_from, ElementsAre("10.244.0.0/16", "2001:db8::/32"));
   EXPECT_EQ(metrics.listen, "[::1]:9464");
+  Kubernetes expected;
+  expected.server = "https://10.0.0.1:6443";
+  expected.ca_file = "/ca.crt";
+  expected.token_file = "/token";
+  expected.namespaces = {"one", "two"};
+  expected.selector = "app=web,tier!=test";
+  expected.node = "node-1";
+  expected.zone = "east";
+  expected.proxy_name = "clusterip";
+  expected.external_ips = expected.load_balancer_ips = true;
+  EXPECT_EQ(kubernetes, expected);
   const Service& service = services.at(0);
   EXPECT_EQ(service.name, "ns/web:http");
   EXPECT_EQ(service.vip.to_string(), "2001:db8::1");

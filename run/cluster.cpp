@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include "run/cluster.h"
+
+#include <netinet/in.h>
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <boost/asio/ip/address.hpp>
+#include <utility>
+
+#include "kubernetes/source.h"
+
+namespace run {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using namespace std::chrono_literals;
+
+constexpr auto retry_time = 5s;  // when a merge has failed
+// A merge costs what all services cost: it may take a quarter of the time.
+constexpr int rest_factor = 3;
+
+/// The same but for backends.
+bool have_same_shape(const std::vector<config::Service>& before, const std::vector<config::Service>& after) {
+  return std::ranges::equal(before, after, [](config::Service a, const config::Service& b) {
+    a.backends = b.backends;
+    return a == b;
+  });
+}
+
+}  // namespace
+
+Cluster::Cluster(boost::asio::io_context& io, ClusterServices kept, Handlers handlers)
+    : handlers_(std::move(handlers)), services_(std::move(kept)), timer_(io) {}
+
+Cluster::~Cluster() = default;
+
+config::Result<std::unique_ptr<Cluster>> Cluster::follow(boost::asio::io_context& io, const config::Kubernetes& choices,
+                                                         ClusterServices kept, Handlers handlers) {
+  std::unique_ptr<Cluster> cluster(new Cluster(io, std::move(kept), std::move(handlers)));
+  auto source = kubernetes::Source::create(
+      io, choices, kubernetes::Pace{},
+      {.changed = [it = cluster.get()](std::vector<kubernetes::Change> changes) { it->change(std::move(changes)); },
+       .tell =
+           [](bool is_error, const std::string& line) {
+             spdlog::log(is_error ? spdlog::level::err : spdlog::level::info, "{}", line);
+           }});
+  if (!source) return std::unexpected(source.error());
+  cluster->source_ = std::move(*source);
+  return cluster;
+}
+
+void Cluster::change(std::vector<kubernetes::Change> changes) {
+  bool has_new_shape = !is_listed_;
+  // What was kept and is not in the list is gone.
+  if (!std::exchange(is_listed_, true)) services_.clear();
+  std::vector<const config::Service*> changed;
+  for (kubernetes::Change& change : changes) {
+    if (change.services.empty()) {
+      has_new_shape = services_.erase(change.name) != 0 || has_new_shape;
+      continue;
+    }
+    auto& services = services_[change.name];
+    const auto before = std::exchange(services, std::move(change.services));
+    if (!have_same_shape(before, services)) {
+      has_new_shape = true;
+      continue;
+    }
+    for (std::size_t i = 0; i < services.size(); ++i)
+      if (services[i].backends != before[i].backends) changed.push_back(&services[i]);
+  }
+  if (!changed.empty()) handlers_.set_backends(changed);
+  if (has_new_shape) merge_soon();
+}
+
+void Cluster::merge_soon() {
+  if (std::exchange(is_merge_due_, true)) return;
+  timer_.expires_at(next_merge_);
+  timer_.async_wait([this](const boost::system::error_code& cancelled) {
+    if (cancelled) return;
+    is_merge_due_ = false;
+    const auto began = Clock::now();
+    const bool is_merged = handlers_.merge();
+    const auto ended = Clock::now();
+    next_merge_ = ended + (is_merged ? rest_factor * (ended - began) : retry_time);
+    if (!is_merged) merge_soon();
+  });
+}
+
+ClusterStatus Cluster::status() const {
+  const kubernetes::SourceStatus seen = source_->status();
+  const auto age = seen.is_current ? 0s : Clock::now() - seen.last_current;
+  return {.server = seen.server,
+          .is_complete = seen.is_complete,
+          .is_current = seen.is_current,
+          .age = std::chrono::duration<double>(age).count(),
+          .problem = seen.problem,
+          .services = seen.services,
+          .slices = seen.slices,
+          .lists = seen.counts.lists,
+          .events = seen.counts.events,
+          .failures = seen.counts.failures};
+}
+
+ClusterServices cluster_services(const std::vector<cli::SeenService>& seen) {
+  ClusterServices services;
+  for (const cli::SeenService& one : seen) {
+    if (!is_cluster_name(one.name)) continue;
+    config::Service service;
+    service.name = one.name;
+    service.vip = boost::asio::ip::make_address(one.vip);
+    service.port = one.port;
+    service.protocol = one.protocol == IPPROTO_UDP ? config::Protocol::udp : config::Protocol::tcp;
+    service.client = config::Client::netns;
+    for (const cli::SeenBackend& backend : one.backends) {
+      service.backends.push_back(
+          {.address = boost::asio::ip::make_address(backend.address),
+           .port = backend.port,
+           .weight = 1,
+           .state = backend.state == CLUSTERIP_DRAIN ? config::BackendState::drain : config::BackendState::active,
+           .position = {}});
+    }
+    services[one.name.substr(0, one.name.find(':'))].push_back(std::move(service));
+  }
+  return services;
+}
+
+}  // namespace run

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: BSD-2-Clause
+//
+// The services of the file and those of a cluster, as one configuration. Pure.
+#pragma once
+
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "config/config.h"
+
+namespace run {
+
+/// By the name that the cluster has for them, "namespace/name".
+using ClusterServices = std::map<std::string, std::vector<config::Service>>;
+
+struct Merged {
+  config::Config config;              // the file's services, then the cluster's
+  std::string text;                   // that says the same
+  std::vector<std::string> problems;  // what was left out, a line each
+};
+
+/// What the cluster has no room for, or what collides with the file, is left out: the file's services are served in any
+/// case. `text` is what `own` was read from.
+Merged merge(const config::Config& own, std::string_view text, const ClusterServices& cluster);
+
+/// The form that names of a cluster's services have: "namespace/name:80/tcp".
+bool is_cluster_name(std::string_view name);
+
+}  // namespace run

@@ -1,0 +1,538 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""kubernetes/ beside an API server that does what real ones do on bad days. ctest sets CLUSTERIP_BUILD."""
+
+import base64
+import json
+import os
+import pathlib
+import random
+import shutil
+import ssl
+import subprocess
+import tempfile
+import threading
+import time
+import unittest
+
+from api_server import ApiServer
+
+WATCH = pathlib.Path(os.environ["CLUSTERIP_BUILD"]) / "tests/kubernetes/kubernetes_watch"
+PATIENCE = 60  # seconds; nothing here takes one on an idle machine
+
+
+def service(name, number, namespace="default", **spec):
+    return {"metadata": {"name": name, "namespace": namespace, "labels": {"app": name}},
+            "spec": {"type": "ClusterIP", "clusterIP": f"10.96.{number // 250}.{1 + number % 250}",
+                     "ports": [{"name": "http", "port": 80, "protocol": "TCP", "targetPort": "web"}], **spec}}
+
+
+def slice_of(name, pods, number=0, namespace="default"):
+    return {"metadata": {"name": f"{name}-{number}", "namespace": namespace, "labels": {"kubernetes.io/service-name": name}},
+            "addressType": "IPv4", "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+            "endpoints": [{"addresses": [f"10.1.{pod // 250}.{1 + pod % 250}"],
+                           "conditions": {"ready": True, "serving": True, "terminating": False}} for pod in pods]}
+
+
+def address(pod):
+    return f"10.1.{pod // 250}.{1 + pod % 250}:8080"
+
+
+class Watch:
+    """The program, and what it has told so far."""
+
+    def __init__(self, **options):
+        words = [str(WATCH)] + [f"{key}={value}" for key, value in options.items()]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.news = threading.Condition()
+        self.state, self.log, self.statuses, self.failure, self.batches = {}, [], [], None, 0
+        self.repeated = []  # changes that changed nothing
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def read(self):
+        for line in self.process.stdout:
+            told = json.loads(line)
+            with self.news:
+                if "services" in told:
+                    self.batches += 1
+                    for name, services in told["services"].items():
+                        if self.state.get(name, []) == services:
+                            self.repeated.append(name)
+                        self.state[name] = services
+                        if not services:
+                            del self.state[name]
+                elif "log" in told:
+                    self.log.append(told["log"])
+                elif "status" in told:
+                    self.statuses.append(told["status"])
+                else:
+                    self.failure = told["failure"]
+                self.news.notify_all()
+
+    def wait(self, what, predicate):
+        until = time.monotonic() + PATIENCE
+        with self.news:
+            while not (result := predicate()):
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise AssertionError(f"waited in vain for {what}; log: {self.log[-5:]}")
+                self.news.wait(min(left, 0.1))
+            return result
+
+    def backends(self, name):
+        return [backend for one in self.state.get(name, []) for backend in one["backends"]]
+
+    def status(self):
+        with self.news:
+            count = len(self.statuses)
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.wait("the status", lambda: len(self.statuses) > count)
+        return self.statuses[-1]
+
+    def end(self):
+        self.process.stdin.close()
+        code = self.process.wait(PATIENCE)
+        self.thread.join()
+        self.process.stdout.close()
+        return code
+
+
+class Stage(unittest.TestCase):
+    def setUp(self):
+        self.directory = pathlib.Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.directory)
+
+    def serve(self, **options):
+        server = ApiServer(**options)
+        self.addCleanup(server.end)
+        return server
+
+    def watch(self, **options):
+        watch = Watch(**options)
+
+        def end():
+            self.assertEqual(watch.end(), 1 if watch.failure else 0)
+        self.addCleanup(end)
+        return watch
+
+    def expect_state_of_a_fresh_list(self, watch, server):
+        server.faults.cut_after, server.faults.shuffle, server.faults.expire = None, False, lambda: False
+        server.put("services", service("last", 9999))  # behind all else
+        watch.wait("the last service", lambda: "default/last" in watch.state)
+        server.put("endpointslices", slice_of("last", [1]))
+        watch.wait("the last endpoint", lambda: watch.backends("default/last") == [address(1)])
+        fresh = self.watch(server=server.url)
+        fresh.wait("a fresh list", lambda: fresh.batches)
+        self.assertEqual(watch.state, fresh.state)
+        seen, expected = watch.status(), fresh.status()
+        self.assertEqual((seen["services"], seen["slices"]), (expected["services"], expected["slices"]))
+        self.assertEqual(watch.repeated, [])
+
+
+class Following(Stage):
+    def test_tells_all_at_once_and_then_what_changes(self):
+        server = self.serve()
+        for i in range(25):
+            server.put("services", service(f"web{i}", i))
+            server.put("endpointslices", slice_of(f"web{i}", [i, i + 1]))
+        watch = self.watch(server=server.url, page=10)
+        watch.wait("all services", lambda: watch.batches)
+        self.assertEqual(len(watch.state), 25)
+        self.assertEqual(watch.batches, 1)
+        self.assertEqual(watch.state["default/web3"],
+                         [{"name": "default/web3:80/tcp", "vip": "10.96.0.4:80", "protocol": "tcp",
+                           "backends": [address(3), address(4)]}])
+        self.assertEqual(server.count("list", "services"), 3)  # pages
+        server.put("endpointslices", slice_of("web3", [3]))
+        watch.wait("one endpoint less", lambda: watch.backends("default/web3") == [address(3)])
+        server.delete("services", "default", "web4")
+        watch.wait("a service less", lambda: "default/web4" not in watch.state)
+        self.assertEqual(watch.log, [])
+        self.assertTrue(watch.status()["is_current"])
+
+    def test_an_empty_cluster_is_told_too(self):
+        server = self.serve()
+        watch = self.watch(server=server.url)
+        watch.wait("nothing at all", lambda: watch.batches)
+        self.assertEqual(watch.state, {})
+        self.assertTrue(watch.status()["is_complete"])
+
+    def test_asks_for_namespaces_and_labels(self):
+        server = self.serve()
+        for namespace in ("one", "two", "three"):
+            for i, name in enumerate(("web", "db")):
+                server.put("services", service(name, 10 * len(namespace) + i + ord(namespace[0]), namespace))
+        watch = self.watch(server=server.url, namespace="one", selector="app=web")
+        watch.wait("a list", lambda: watch.batches)
+        self.assertEqual(set(watch.state), {"one/web"})
+        self.assertIn("/api/v1/namespaces/one/services?", " ".join(target for _, _, target in server.requests))
+        server.put("services", service("db", 77, "one"))
+        server.put("services", service("web", 78, "one"))
+        watch.wait("a change", lambda: watch.state["one/web"][0]["vip"] == "10.96.0.79:80")
+        self.assertEqual(set(watch.state), {"one/web"})
+
+    def test_goes_on_when_the_server_ends_a_watch_in_good_order(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        watch = self.watch(server=server.url, watch_time=1)
+        watch.wait("a list", lambda: watch.batches)
+        watch.wait("three watches", lambda: server.count("watch", "services") >= 3)
+        self.assertEqual(server.count("list", "services"), 1)
+        self.assertEqual(watch.log, [])
+
+
+class BadDays(Stage):
+    def test_a_cut_connection_goes_on_from_where_it_was(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        watch = self.watch(server=server.url)
+        watch.wait("a list", lambda: watch.batches)
+        for pod in range(20):
+            watched = server.count("watch", "endpointslices")
+            server.cut()
+            server.put("endpointslices", slice_of("web", [pod]))
+            watch.wait("the change behind the cut", lambda: watch.backends("default/web") == [address(pod)])
+            watch.wait("a new watch", lambda: server.count("watch", "endpointslices") > watched)
+        self.assertEqual(server.count("list", "services"), 1)
+        self.assertEqual(server.count("list", "endpointslices"), 1)
+
+    def test_410_lists_again_and_misses_nothing(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        server.put("services", service("gone", 2))
+        watch = self.watch(server=server.url)
+        watch.wait("a list", lambda: watch.batches)
+        with server.lock:  # what happens meanwhile is forgotten before anybody hears of it
+            server.put("endpointslices", slice_of("web", [7]))
+            server.delete("services", "default", "gone")
+            server.compact()
+            server.cut()
+        watch.wait("the change", lambda: watch.backends("default/web") == [address(7)])
+        watch.wait("the deletion", lambda: "default/gone" not in watch.state)
+        self.assertEqual(server.count("list", "services"), 2)
+
+    def test_a_page_that_expires_begins_the_list_again(self):
+        server = self.serve()
+        for i in range(30):
+            server.put("services", service(f"web{i}", i))
+        begun = []
+
+        def forget_once():
+            if server.count("list", "services") == 2 and not begun:
+                begun.append(True)
+                server.compact()
+            return None
+        server.faults.cut_after = forget_once
+        watch = self.watch(server=server.url, page=7)
+        watch.wait("all services", lambda: len(watch.state) == 30)
+
+    def churn(self, server, chance, count, names=12):
+        """Changes by chance, of a cluster that is full of rollouts."""
+        for _ in range(count):
+            name = f"s{chance.randrange(names)}"
+            what = chance.random()
+            with server.lock:
+                if what < 0.1:
+                    server.put("services", service(name, chance.randrange(200)))
+                elif what < 0.15 and ("default", name) in server.objects["services"]:
+                    server.delete("services", "default", name)
+                elif what < 0.25:
+                    slices = [key for key in server.objects["endpointslices"] if not key[1].startswith("stable")]
+                    if slices:
+                        server.delete("endpointslices", *chance.choice(slices))
+                else:
+                    pods = chance.sample(range(500), chance.randrange(6))
+                    server.put("endpointslices", slice_of(name, pods, chance.randrange(3)))
+            if chance.random() < 0.1:
+                time.sleep(0.001)  # no more than a pace: nothing depends on it
+
+    def test_cuts_at_any_byte(self):
+        server = self.serve()
+        server.put("services", service("stable", 240))
+        server.put("endpointslices", slice_of("stable", [1, 2, 3]))
+        chance = random.Random(5)
+        server.faults.cut_after = lambda: chance.randrange(1, 20000)
+        watch = self.watch(server=server.url, page=5)
+        watch.wait("a list", lambda: watch.batches)
+        self.churn(server, chance, 3000)
+        self.expect_state_of_a_fresh_list(watch, server)
+        self.assertEqual(watch.backends("default/stable"), [address(1), address(2), address(3)])
+
+    def test_410_at_any_time_and_events_out_of_order_and_twice(self):
+        server = self.serve()
+        chance = random.Random(6)
+        watch = self.watch(server=server.url, page=5)
+        watch.wait("a list", lambda: watch.batches)
+        server.faults.shuffle = True
+        server.faults.expire = lambda: chance.random() < 0.02
+        self.churn(server, chance, 3000)
+        self.expect_state_of_a_fresh_list(watch, server)
+
+    def test_a_slow_stream_is_read_as_it_comes(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        watch = self.watch(server=server.url)
+        watch.wait("a list", lambda: watch.batches)
+        server.faults.slow = 0.002
+        server.put("endpointslices", slice_of("web", [1, 2]))
+        watch.wait("the change", lambda: watch.backends("default/web") == [address(1), address(2)])
+
+    def test_a_server_that_does_not_answer_is_told_and_left(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        server.faults.silent = True
+        watch = self.watch(server=server.url, patience=1)
+        watch.wait("a line", lambda: any("it does not answer in time" in line for line in watch.log))
+        self.assertFalse(watch.status()["is_complete"])
+        server.faults.silent = False
+        watch.wait("a list", lambda: watch.batches)
+
+    def test_a_server_that_is_gone_leaves_the_last_state_and_one_line_per_kind(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        watch = self.watch(server=server.url)
+        watch.wait("a list", lambda: watch.batches)
+        port = server.port
+        server.end()
+        watch.wait("both lines", lambda: len(watch.log) == 2)
+        self.assertFalse(watch.status()["is_current"])
+        self.assertEqual(sorted(line.split(": ")[2] for line in watch.log), ["endpointslices", "services"])
+        self.assertEqual(set(watch.state), {"default/web"})
+        again = self.serve(port=port)
+        again.version = server.version + 100
+        again.put("services", service("other", 2))
+        again.compact()
+        watch.wait("the new server's", lambda: set(watch.state) == {"default/other"})
+        watch.wait("word that all is well", lambda: sum("watched again" in line for line in watch.log) == 2)
+
+
+class BadObjects(Stage):
+    def test_are_skipped_with_a_line_that_names_them(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        server.put("services", {"metadata": {"name": "bad", "namespace": "default"}})
+        server.put("endpointslices", slice_of("web", [1]))
+        watch = self.watch(server=server.url)
+        watch.wait("a list", lambda: watch.batches)
+        watch.wait("a line", lambda: "kubernetes: service default/bad: spec: expected an object, got nothing: skipped" in watch.log)
+        server.put("services", service("sctp", 3, ports=[{"port": 9, "protocol": "SCTP"}]))
+        watch.wait("a line", lambda: any("service default/sctp: spec.ports[0].protocol: expected TCP or UDP" in line
+                                         for line in watch.log))
+        good = json.dumps({"kind": "Service", **service("web", 5)}).encode()
+        # A list tells of objects that are no JSON as an event does; in a list, the whole page would be none.
+        named = b'{"type":"MODIFIED","object":{"kind":"Service","metadata":{"name":"web","namespace":"default","resourceVersion":"9"},'
+        server.send("services", named + b'"spec":nonsense}}\n')
+        watch.wait("a line", lambda: any("service default/web: expected JSON" in line for line in watch.log))
+        watch.wait("it is gone", lambda: "default/web" not in watch.state)
+        server.put("services", service("web", 2))
+        watch.wait("it is back", lambda: watch.backends("default/web") == [address(1)])
+        server.send("services", named + b'"spec":{"x":"' + b"x" * (9 << 20) + b'"}}}\n')
+        watch.wait("a line", lambda: "kubernetes: service default/web: expected at most 8 MiB: skipped" in watch.log)
+        server.put("services", service("web", 3))
+        watch.wait("it is back", lambda: watch.backends("default/web") == [address(1)])
+        foreign = json.loads(good)
+        foreign["metadata"] = {"name": "foreign", "namespace": "default", "annotations": {"note": "NOTE"},
+                               "resourceVersion": "RESOURCE_VERSION"}
+        server.put("services", service("foreign", 5), json.dumps(foreign).encode().replace(b"NOTE", b"\xff\xfe"))
+        watch.wait("foreign bytes in a note", lambda: "default/foreign" in watch.state)
+        self.assertTrue(watch.status()["is_current"])
+        with self.subTest("the memory of the largest is given back"):
+            self.assertLess(resident(watch.process.pid), 60 << 20)
+
+    def test_an_answer_that_is_something_else_is_told(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        watch = self.watch(server=server.url)
+        watch.wait("a list", lambda: watch.batches)
+        server.send("services", b"<html>a proxy speaks</html>\n")
+        watch.wait("the next watch", lambda: server.count("watch", "services") >= 2)
+        server.put("services", service("web", 2))
+        watch.wait("the change", lambda: watch.state["default/web"][0]["vip"] == "10.96.0.3:80")
+
+
+def resident(pid):
+    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("no VmRSS")
+
+
+class Authorities(Stage):
+    """TLS, tokens and permissions."""
+
+    def openssl(self, *words):
+        subprocess.run(["openssl", *words], cwd=self.directory, check=True, capture_output=True)
+
+    def make_authority(self, name):
+        self.openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+                     "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.crt")
+
+    def make_certificate(self, name, authority, alternatives):
+        self.openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", f"/CN={name}",
+                     "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        (self.directory / "extensions").write_text(f"subjectAltName={alternatives}\n")
+        self.openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{authority}.crt", "-CAkey", f"{authority}.key",
+                     "-CAcreateserial", "-days", "2", "-extfile", "extensions", "-out", f"{name}.crt")
+
+    def tls(self, name, client_authority=None):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.directory / f"{name}.crt", self.directory / f"{name}.key")
+        if client_authority:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(self.directory / f"{client_authority}.crt")
+        return context
+
+    def setUp(self):
+        super().setUp()
+        self.make_authority("authority")
+        self.make_certificate("server", "authority", "IP:127.0.0.1,DNS:api.test")
+        self.token = self.directory / "token"
+        self.token.write_text("first\n")
+
+    def file(self, name):
+        return self.directory / name
+
+    def test_tokens_are_read_again_when_they_are_rotated(self):
+        server = self.serve(tls=self.tls("server"), tokens={"first"})
+        server.put("services", service("web", 1))
+        watch = self.watch(server=server.url, ca_file=self.file("authority.crt"), token_file=self.token)
+        watch.wait("a list", lambda: watch.batches)
+        server.tokens = {"second"}
+        server.cut()
+        watch.wait("a line", lambda: any(f"401: it does not accept the credentials (Unauthorized): the token in {self.token} has "
+                                         "expired" in line for line in watch.log))
+        self.token.write_text("second\n")
+        server.put("services", service("web", 2))
+        watch.wait("the change", lambda: watch.state["default/web"][0]["vip"] == "10.96.0.3:80")
+
+    def test_another_authority_is_not_trusted(self):
+        self.make_authority("stranger")
+        server = self.serve(tls=self.tls("server"))
+        watch = self.watch(server=server.url, ca_file=self.file("stranger.crt"))
+        watch.wait("a line", lambda: any("its certificate is not trusted: unable to get local issuer certificate (authorities: "
+                                         f"{self.file('stranger.crt')})" in line for line in watch.log))
+        self.assertEqual(server.requests, [])
+
+    def test_a_certificate_for_another_name_is_not_trusted(self):
+        self.make_certificate("elsewhere", "authority", "IP:127.0.0.9,DNS:elsewhere.test")
+        server = self.serve(tls=self.tls("elsewhere"))
+        watch = self.watch(server=server.url, ca_file=self.file("authority.crt"))
+        watch.wait("a line", lambda: any("its certificate is not for 127.0.0.1" in line for line in watch.log))
+        self.assertEqual(server.requests, [])
+
+    def test_a_missing_permission_is_named(self):
+        server = self.serve()
+        server.faults.forbidden = {("list", "services"), ("watch", "endpointslices")}
+        watch = self.watch(server=server.url)
+        for verb, what, group in (("list", "services", ""), ("watch", "endpointslices", "discovery.k8s.io")):
+            watch.wait("a line", lambda: any(f'403: missing permission: verb {verb} on {what} of the API group "{group}" in all '
+                                             "namespaces" in line for line in watch.log))
+        server.faults.forbidden = set()
+        watch.wait("a list", lambda: watch.batches)
+
+    def write_kubeconfig(self, server, user, **cluster):
+        data = {"apiVersion": "v1", "kind": "Config", "current-context": "test",
+                "clusters": [{"name": "c", "cluster": {"server": server.url, "certificate-authority": "authority.crt", **cluster}}],
+                "users": [{"name": "u", "user": user}],
+                "contexts": [{"name": "test", "context": {"cluster": "c", "user": "u"}},
+                             {"name": "broken", "context": {"cluster": "c", "user": "nobody"}}]}
+        self.file("kubeconfig").write_text(json.dumps(data))  # JSON is YAML
+        return self.file("kubeconfig")
+
+    def expect_list(self, **options):
+        watch = self.watch(**options)
+        watch.wait("a list", lambda: watch.batches)
+
+    def test_kubeconfig_with_a_client_certificate_in_base64(self):
+        self.make_certificate("client", "authority", "DNS:client.test")
+        server = self.serve(tls=self.tls("server", "authority"))
+        user = {f"client-{what}-data": base64.b64encode(self.file(f"client.{end}").read_bytes()).decode()
+                for what, end in (("certificate", "crt"), ("key", "key"))}
+        self.expect_list(kubeconfig=self.write_kubeconfig(server, user))
+
+    def test_kubeconfig_with_tokens(self):
+        server = self.serve(tls=self.tls("server"), tokens={"first"})
+        self.expect_list(kubeconfig=self.write_kubeconfig(server, {"token": "first"}))
+        self.expect_list(kubeconfig=self.write_kubeconfig(server, {"tokenFile": "token"}))
+        self.expect_list(kubeconfig=self.write_kubeconfig(server, {"token": "first"}, **{"tls-server-name": "api.test"}))
+
+    def test_kubeconfig_with_a_command(self):
+        server = self.serve(tls=self.tls("server"), tokens={"printed"})
+        credentials = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": "printed"}}
+        self.file("credentials").write_text(json.dumps(credentials))
+        command = {"apiVersion": "client.authentication.k8s.io/v1", "command": "/bin/sh",
+                   "args": ["-c", 'test -n "$KUBERNETES_EXEC_INFO" && cat "$WHERE"'],
+                   "env": [{"name": "WHERE", "value": str(self.file("credentials"))}]}
+        self.expect_list(kubeconfig=self.write_kubeconfig(server, {"exec": command}))
+        watch = self.watch(kubeconfig=self.write_kubeconfig(server, {"exec": {**command, "args": ["-c", "exit 3"]}}))
+        watch.wait("a line", lambda: any("/bin/sh failed: exit 3" in line for line in watch.log))
+
+    def test_kubeconfig_mistakes_are_told(self):
+        server = self.serve()
+
+        def failure(text=None, **options):
+            if text is not None:
+                self.file("kubeconfig").write_text(text)
+            watch = self.watch(kubeconfig=self.file("kubeconfig"), **options)
+            return watch.wait("a failure", lambda: watch.failure)
+        self.write_kubeconfig(server, {"token": "first"})
+        self.assertIn('contexts: expected one with the name "none", got none', failure(context="none"))
+        self.assertIn('users: expected one with the name "nobody", got none', failure(context="broken"))
+        self.write_kubeconfig(server, {"token": "first"}, **{"insecure-skip-tls-verify": True})
+        self.assertIn("insecure-skip-tls-verify: expected false", failure())
+        self.assertIn("line 1: ", failure("a: ["))
+        self.assertIn("expected a kubeconfig", failure("[]"))
+        self.write_kubeconfig(server, {"username": "a", "password": "b"})
+        self.assertIn("username: expected a token, a client certificate or exec", failure())
+
+
+@unittest.skipUnless(shutil.which("kubectl") or os.environ.get("CLUSTERIP_REQUIRE_PRIVILEGE") == "1", "there is no kubectl")
+class Kubectl(Stage):
+    """An independent client takes the test's server for what it plays."""
+
+    def kubectl(self, server, *words):
+        environment = {**os.environ, "HOME": str(self.directory), "KUBECONFIG": "/dev/null"}
+        process = subprocess.Popen(["kubectl", "--server", server.url, *words], env=environment, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True)
+
+        def end():
+            process.terminate()
+            process.wait()
+            process.stdout.close()
+        self.addCleanup(end)
+        return process
+
+    def test_lists_services_and_slices(self):
+        server = self.serve()
+        for i in range(3):
+            server.put("services", service(f"web{i}", i))
+            server.put("endpointslices", slice_of(f"web{i}", [i]))
+        listed = self.kubectl(server, "get", "services,endpointslices", "--all-namespaces", "--chunk-size=2", "-o", "json")
+        items = json.loads(listed.stdout.read())["items"]
+        self.assertEqual(sorted((item["kind"], item["metadata"]["name"]) for item in items),
+                         [("EndpointSlice", f"web{i}-0") for i in range(3)] + [("Service", f"web{i}") for i in range(3)])
+        self.assertEqual(listed.wait(PATIENCE), 0)
+
+    def test_watches_services_and_slices(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        for plural, make in (("services", lambda n: service("web", n)), ("endpointslices", lambda n: slice_of("web", [n]))):
+            process = self.kubectl(server, "get", plural, "--all-namespaces", "-w", "-o", "json", "--output-watch-events")
+            until = time.monotonic() + PATIENCE
+            while server.count("watch", plural) == 0:
+                self.assertLess(time.monotonic(), until)
+                self.assertIsNone(process.poll(), "kubectl ended")
+                time.sleep(0.01)
+            number = 40
+            server.put(plural, make(number))
+            text = ""
+            while f"10.96.0.{number + 1}" not in text and f"10.1.0.{number + 1}" not in text:
+                line = process.stdout.readline()
+                self.assertNotEqual(line, "", text)
+                text += line
+            self.assertRegex(text, '"type": *"(ADDED|MODIFIED)"')
+
+
+if __name__ == "__main__":
+    unittest.main()

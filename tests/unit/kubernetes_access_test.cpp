@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include <gmock/gmock.h>
+
+#include <string>
+
+#include "kubernetes/access.h"
+
+namespace kubernetes {
+namespace {
+
+using testing::HasSubstr;
+
+TEST(KubernetesAccess, ReadsServerUrls) {
+  const auto plain = parse_server("https://10.0.0.1:6443");
+  ASSERT_TRUE(plain);
+  EXPECT_EQ(plain->host, "10.0.0.1");
+  EXPECT_EQ(plain->port, "6443");
+  EXPECT_EQ(plain->path, "");
+  EXPECT_TRUE(plain->is_tls);
+  EXPECT_EQ(plain->origin, "https://10.0.0.1:6443");
+  const auto path = parse_server("https://api.example.org/k8s/clusters/c1/");
+  ASSERT_TRUE(path);
+  EXPECT_EQ(path->host, "api.example.org");
+  EXPECT_EQ(path->port, "443");
+  EXPECT_EQ(path->path, "/k8s/clusters/c1");
+  const auto v6 = parse_server("https://[fd00::1]:6443/");
+  ASSERT_TRUE(v6);
+  EXPECT_EQ(v6->host, "fd00::1");
+  EXPECT_EQ(v6->origin, "https://[fd00::1]:6443");
+}
+
+TEST(KubernetesAccess, PlainHttpIsForThisMachineOnly) {
+  for (const char* url : {"http://127.0.0.1:8001", "http://[::1]:8001", "http://localhost:8001"}) {
+    const auto access = parse_server(url);
+    ASSERT_TRUE(access) << url;
+    EXPECT_FALSE(access->is_tls);
+  }
+  for (const char* url : {"http://10.0.0.1:8001", "http://example.org", "http://localhost.example.org"}) {
+    const auto access = parse_server(url);
+    ASSERT_FALSE(access) << url;
+    EXPECT_THAT(access.error().message, HasSubstr("expected https://, or http:// to this machine itself"));
+  }
+}
+
+TEST(KubernetesAccess, RefusesWhatIsNoUrl) {
+  for (const char* url : {"", "10.0.0.1", "ftp://10.0.0.1", "https://", "https://:6443", "https://a:0", "https://a:x",
+                          "https://[fd00::1", "https://fd00::1:6443", "https://a b", "https://a/x y", "https://a/?x",
+                          "https://a\r\nHost: b", "https://user@a"}) {
+    EXPECT_FALSE(parse_server(url)) << url;
+  }
+}
+
+TEST(KubernetesAccess, ReadsExecCredentials) {
+  const auto credentials = parse_credentials(
+      R"({"kind":"ExecCredential","status":{"token":"t","expirationTimestamp":"2026-01-02T03:04:05Z"}})");
+  ASSERT_TRUE(credentials);
+  EXPECT_EQ(credentials->token, "t");
+  ASSERT_TRUE(credentials->expires);
+  EXPECT_EQ(std::chrono::system_clock::to_time_t(*credentials->expires), 1767323045);
+  for (const char* text :
+       {"", "{}", "[]", R"({"status":{}})", R"({"status":{"token":7}})", R"({"status":{"token":"a\nb"}})"})
+    EXPECT_FALSE(parse_credentials(text)) << text;
+}
+
+TEST(KubernetesAccess, KubeconfigOfAnotherKindIsRefusedWithItsPlace) {
+  for (const char* text :
+       {"", "[]", "7", "clusters: 7", "current-context: a", "a: [", "a: b: c", "\xff\xfe", "&a [*a]"}) {
+    const auto access = read_kubeconfig(text, "", "/");
+    EXPECT_FALSE(access) << text;
+  }
+}
+
+}  // namespace
+}  // namespace kubernetes

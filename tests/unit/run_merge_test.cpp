@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#include <gmock/gmock.h>
+
+#include <string>
+#include <vector>
+
+#include "config/read_config.h"
+#include "run/merge.h"
+
+namespace run {
+namespace {
+
+using testing::ElementsAre;
+using testing::IsEmpty;
+
+constexpr const char* file = R"([limits]
+services = 3
+backends = 4
+[[service]]
+name = "fixed"
+vip = "10.96.200.1"
+port = 80
+backends = ["10.1.0.9:80"])";  // without an end of line
+
+config::Service service(const std::string& name, const std::string& vip, const std::vector<std::string>& backends,
+                        config::Protocol protocol = config::Protocol::tcp) {
+  config::Service one;
+  one.name = name;
+  one.vip = boost::asio::ip::make_address(vip);
+  one.port = 80;
+  one.protocol = protocol;
+  one.client = config::Client::netns;
+  for (const std::string& address : backends) {
+    config::Backend backend;
+    backend.address = boost::asio::ip::make_address(address);
+    backend.port = 80;
+    one.backends.push_back(backend);
+  }
+  return one;
+}
+
+Merged merged(const ClusterServices& cluster) {
+  const auto own = config::read_config(file);
+  return merge(own.value(), file, cluster);
+}
+
+/// What the text says is what the model has, but for positions.
+void expect_text_says_the_same(const Merged& merged) {
+  const auto read = config::read_config(merged.text);
+  ASSERT_TRUE(read) << read.error().front().message;
+  ASSERT_EQ(read->services.size(), merged.config.services.size());
+  for (std::size_t i = 0; i < read->services.size(); ++i) {
+    config::Service said = read->services[i];
+    config::Service meant = merged.config.services[i];
+    said.position = meant.position = {};
+    for (auto* backends : {&said.backends, &meant.backends})
+      for (config::Backend& backend : *backends) backend.position = {};
+    EXPECT_EQ(said, meant) << meant.name;
+  }
+}
+
+std::vector<std::string> names(const Merged& merged) {
+  std::vector<std::string> result;
+  for (const config::Service& one : merged.config.services) result.push_back(one.name);
+  return result;
+}
+
+TEST(Merge, TextAndModelSayTheSame) {
+  auto sticky = service("default/web:80/tcp", "10.96.0.1", {"10.1.0.1", "10.1.0.2"});
+  sticky.affinity = std::chrono::hours(3);
+  sticky.backends[1].state = config::BackendState::drain;
+  const Merged result = merged({{"default/web", {sticky, service("default/web:80/tcp@ipv6", "fd00::1", {"fd01::1"})}}});
+  EXPECT_THAT(result.problems, IsEmpty());
+  EXPECT_THAT(names(result), ElementsAre("fixed", "default/web:80/tcp", "default/web:80/tcp@ipv6"));
+  expect_text_says_the_same(result);
+}
+
+TEST(Merge, CollisionNamesBothAndTheFileWins) {
+  const Merged result = merged({{"default/a", {service("default/a:80/tcp", "10.96.200.1", {})}},
+                                {"default/b", {service("default/b:80/tcp", "10.96.0.2", {})}},
+                                {"default/c", {service("default/c:80/tcp", "10.96.0.2", {})}},
+                                {"default/d", {service("default/d:80/udp", "10.96.0.2", {}, config::Protocol::udp)}}});
+  EXPECT_THAT(names(result), ElementsAre("fixed", "default/b:80/tcp", "default/d:80/udp"));
+  EXPECT_THAT(
+      result.problems,
+      ElementsAre("service default/a:80/tcp of Kubernetes: its vip 10.96.200.1:80/tcp is that of service fixed of "
+                  "the file, line 4: it is not served",
+                  "service default/c:80/tcp of Kubernetes: its vip 10.96.0.2:80/tcp is that of service "
+                  "default/b:80/tcp of Kubernetes: it is not served"));
+  expect_text_says_the_same(result);
+}
+
+TEST(Merge, BackendThatIsAVipIsLeftOut) {
+  const Merged result =
+      merged({{"default/a", {service("default/a:80/tcp", "10.96.0.1", {"10.96.200.1", "10.1.0.1"})}}});
+  EXPECT_THAT(result.problems,
+              ElementsAre("service default/a:80/tcp of Kubernetes: its backend 10.96.200.1:80 is the vip "
+                          "of service fixed of the file, line 4: it is left out"));
+  EXPECT_EQ(result.config.services.at(1).backends.size(), 1U);
+  expect_text_says_the_same(result);
+}
+
+TEST(Merge, WhatThereIsNoRoomForIsLeftOut) {
+  const Merged many = merged({{"default/a", {service("default/a:80/tcp", "10.96.0.1", {"10.1.0.1", "10.1.0.2"})}},
+                              {"default/b", {service("default/b:80/tcp", "10.96.0.2", {"10.1.0.1", "10.1.0.2"})}},
+                              {"default/c", {service("default/c:80/tcp", "10.96.0.3", {})}},
+                              {"default/d", {service("default/d:80/tcp", "10.96.0.4", {})}}});
+  EXPECT_THAT(names(many), ElementsAre("fixed", "default/a:80/tcp", "default/c:80/tcp"));
+  EXPECT_THAT(many.problems, ElementsAre("service default/b:80/tcp of Kubernetes: there would be more than 4 backends "
+                                         "(limits.backends): it is not served",
+                                         "service default/d:80/tcp of Kubernetes: there are 3 services already "
+                                         "(limits.services): it is not served"));
+  expect_text_says_the_same(many);
+}
+
+TEST(Merge, KnowsTheNamesOfClusters) {
+  for (const char* name : {"default/web:80/tcp", "a/b:65535/udp", "a/b:80/tcp@ipv6", "a/b:80/tcp@192.0.2.1"})
+    EXPECT_TRUE(is_cluster_name(name)) << name;
+  for (const char* name : {"", "web", "default/web", "web:80/tcp", "/web:80/tcp", "a/:80/tcp", "a/b:/tcp", "a/b:x/tcp",
+                           "a/b:80/sctp", "a/b:80", "(canary)"})
+    EXPECT_FALSE(is_cluster_name(name)) << name;
+}
+
+}  // namespace
+}  // namespace run
