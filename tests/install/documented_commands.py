@@ -405,6 +405,8 @@ PROSE = {
     "sudo clusterip unload --pin DIR": Run("loaded", instead=f"sudo clusterip unload --pin {PIN}", holds=("^unloaded",)),
     "sudo fallback_proxy --cleanup":
         Run("proxy killed", instead="sudo fallback_proxy --cleanup" + ROUTES, holds=NO_ROUTES),
+    "sudo tests/bench/compare/run": Elsewhere(BENCHMARK, "tests/bench/compare/compare_test.py", 'self.start("--only", "connect", "--quick"'),
+    "sysctl fs.epoll.max_user_watches": Run("empty", holds=(r"= \d+",)),
     "sysctl fs.inotify.max_user_instances": Run("empty", holds=(r"= \d+",)),
     "sysctl net.ipv4.ip_unprivileged_port_start": Run("empty", holds=(r"= \d+",)),
     "sysctl net.ipv6.conf.lo.disable_ipv6=0": Run("empty"),
