@@ -359,8 +359,7 @@ void Proxy::listener_closed(const SocketName& name, std::uint64_t number) {
   if (found != served_.end()) open_waiting(found->second);
 }
 
-void Proxy::wait_for_closing() {
-  if (closing_.empty()) return;
+void Proxy::wait_for_workers() {
   struct Turn {
     std::atomic<std::size_t> workers;
     std::promise<void> over;
@@ -371,7 +370,7 @@ void Proxy::wait_for_closing() {
       if (--turn->workers == 0) turn->over.set_value();
     });
   }
-  // A worker does in order what it is asked: behind this, it has closed them.
+  // A worker does in order what it is asked: behind this, it has done all of it, and closed what is closing.
   if (turn->over.get_future().wait_for(1s) != std::future_status::ready) return;
   for (const auto& [name, numbers] : std::exchange(closing_, {})) {
     const auto found = served_.find(name);

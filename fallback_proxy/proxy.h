@@ -53,9 +53,10 @@ class Proxy {
   void set_backend_state(const std::string& service, const config::Address& address, std::uint16_t port,
                          config::BackendState state);
 
-  /// A service that comes back right after it has left is served only when its old socket is closed, by a thread that
-  /// may be busy. Waits for that, a second at most, and serves it.
-  void wait_for_closing();
+  /// Waits until the workers have done what they were asked, a second at most: from then on, no connection is given
+  /// away by what was in force before. A service that comes back right after it has left is served only then, when its
+  /// old socket is closed.
+  void wait_for_workers();
 
   /// Accepts nothing more, and calls `done` when the last connection has ended; what is left after `drain_timeout` is
   /// reset.

@@ -344,7 +344,7 @@ class Program {
       const config::Config before =
           proxied_part(config_, [this](const config::Service& service) { return is_proxied(service); });
       proxy_.apply(with_what_is_about_to_come(before, source.config));
-      proxy_.wait_for_closing();
+      proxy_.wait_for_workers();
       auto loaded = fast_->load(source.for_fast_path(), settings_.file);
       if (loaded) loaded = learn_carriers(source.config);
       if (!loaded) {
@@ -858,6 +858,7 @@ class Program {
       return false;
     }
     refused_text_.clear();
+    proxy_.wait_for_workers();  // what is told is so
     spdlog::info("reloaded: {}", change.empty() ? "no service has changed" : change);
     prove();
     if (!metrics_ && config_.metrics.listen) serve_metrics(*config_.metrics.listen);

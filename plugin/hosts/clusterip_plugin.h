@@ -94,12 +94,12 @@ static const char *clusterip_own_cgroup(char *ret, size_t size)
 }
 
 /*
- * All of a file, for free(), and its length; or NULL, and why. A host has other things to do meanwhile: nothing is opened that
+ * All of a file of at most so many MiB, for free(), and its length; or NULL, and why. A host has other things to do meanwhile: nothing is opened that
  * waits, as a FIFO does, and nothing read that has no end.
  */
-static char *clusterip_read_file(const char *path, size_t *length, const char **why)
+static char *clusterip_read_file(const char *path, unsigned mebibytes, size_t *length, const char **why)
 {
-	const size_t limit = 16 << 20;
+	const size_t limit = (size_t)mebibytes << 20;
 	int file = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
 	struct stat status;
 	char *text = NULL;
@@ -117,7 +117,7 @@ static char *clusterip_read_file(const char *path, size_t *length, const char **
 		got = read(file, text + *length, limit + 1 - *length);
 		if (got < 0 && errno != EINTR) *why = strerror(errno);
 		if (got > 0) *length += (size_t)got;
-		if (*length > limit) *why = "expected at most 16 MiB, got more";
+		if (*length > limit) *why = "the file is larger than this host takes";
 	}
 	if (file >= 0) close(file);
 	if (!*why) return text;

@@ -316,6 +316,8 @@ class Nginx(Scenario):
         try:
             wait_for("nothing is attached", lambda: not self.cgroup.attached())
             self.assertTrue(pathlib.Path(f"/proc/{worker}").exists())
+            wait_for("the worker knows that its counters are old",
+                     lambda: run("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", self.url + "status").stdout == "503")
         finally:
             os.kill(worker, signal.SIGKILL)
             wait_for("the worker has ended", lambda: not pathlib.Path(f"/proc/{worker}").exists())

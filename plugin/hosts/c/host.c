@@ -26,6 +26,8 @@ static int fail(const char *step, const clusterip_error *error)
 static int on_event(const clusterip_event *event, void *user)
 {
 	(void)user;
+	/* A port that no service has; and what the canary tries after each load. */
+	if (!event->service[0] || event->service[0] == '(') return 0;
 	printf("%s pid %u: %s\n", event->service, event->pid,
 	       event->verdict == CLUSTERIP_VERDICT_REWRITTEN ? "rewritten" : "not rewritten");
 	return 0;
@@ -42,7 +44,7 @@ static int load(clusterip *handle, const char *path)
 	clusterip_error error = { .size = sizeof error };
 	const char *why;
 	size_t length;
-	char *text = clusterip_read_file(path, &length, &why);
+	char *text = clusterip_read_file(path, 16, &length, &why);
 	int code;
 
 	if (!text) {

@@ -88,8 +88,8 @@ local function shown()
     if not services then return why .. "\n" end
     local lines = {}
     for _, service in ipairs(services) do
-        lines[#lines + 1] = string.format("service %s vip %s port %d connects %d refused %d live %d\n", service.name, service.vip,
-                                          service.port, service.connects, service.refused, service.live)
+        lines[#lines + 1] = string.format("service %s vip %s port %d protocol %s connects %d refused %d live %d\n", service.name, service.vip,
+                                          service.port, service.protocol, service.connects, service.refused, service.live)
         for _, backend in ipairs(service.backends) do
             lines[#lines + 1] = string.format("  backend %s port %d weight %d state %s connects %d failures %d live %d\n",
                                               backend.address, backend.port, backend.weight, backend.state, backend.connects,

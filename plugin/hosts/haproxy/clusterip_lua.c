@@ -9,12 +9,13 @@
  *     local handle = clusterip.open(cgroup)          -- nil: the process's own; each of these: nil and a message on failure
  *     handle:load(text, name)  handle:attach()  handle:close()
  *     handle:canary()                                -- on failure a third value: whether what was attached is gone
- *     handle:services()                              -- { { name=, vip=, port=, connects=, refused=, live=, backends={ ... } } }
+ *     handle:services()                              -- { { name=, vip=, port=, protocol=, connects=, refused=, live=, backends={ ... } } }
  */
 #define _GNU_SOURCE
 
 #include <lauxlib.h>
 #include <lua.h>
+#include <netinet/in.h>
 
 #include "clusterip_plugin.h"
 
@@ -99,7 +100,8 @@ static int read_file(lua_State *state)
 	const char *path = luaL_checkstring(state, 1), *why;
 	struct text text = { 0 };
 
-	text.at = clusterip_read_file(path, &text.length, &why);
+	/* The library reads it on HAProxy's event loop, and HAProxy's watchdog ends a process whose thread is busy for two seconds. */
+	text.at = clusterip_read_file(path, 4, &text.length, &why);
 	if (text.at) return give(state, make_string, &text, text.at);
 	lua_pushnil(state);
 	lua_pushfstring(state, "%s: %s", path, why);
@@ -195,6 +197,7 @@ struct row {
 	uint16_t port;
 	uint32_t weight, state;
 	uint64_t connects, failed, live;
+	const char *protocol;
 	char name[160], address[160]; /* names as long as clusterip_event has them */
 };
 
@@ -226,6 +229,7 @@ static int on_visit(const clusterip_service_info *service, const clusterip_backe
 		row->weight = backend->weight;
 		row->state = backend->state;
 	} else {
+		row->protocol = service->protocol == IPPROTO_UDP ? "udp" : "tcp";
 		snprintf(row->name, sizeof row->name, "%s", service->name);
 	}
 	return 0;
@@ -263,6 +267,8 @@ static int make_services(lua_State *state)
 		}
 		lua_pushstring(state, row->name);
 		lua_setfield(state, -2, "name");
+		lua_pushstring(state, row->protocol);
+		lua_setfield(state, -2, "protocol");
 		backend_count = 0;
 		lua_newtable(state);
 		lua_replace(state, -3);

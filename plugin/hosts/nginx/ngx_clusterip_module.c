@@ -43,7 +43,8 @@ typedef struct {
 typedef struct {
 	atomic_uint changes;
 	atomic_uint attached; /* 0: there is no handle, and no text */
-	char text[65536 - 2 * sizeof(atomic_uint)];
+	atomic_uint second;   /* of CLOCK_MONOTONIC, when it was written: nobody writes any more when the master has died */
+	char text[65536 - 3 * sizeof(atomic_uint)];
 } ngx_clusterip_page_t;
 
 /* The fast path of this nginx, in the process that owns it. It outlives each cycle but the last. */
@@ -64,6 +65,8 @@ static ngx_clusterip_page_t *page;
 extern ngx_module_t ngx_clusterip_module;
 
 /* --- the counters ------------------------------------------------------------------------------------------------------- */
+
+#define STALE_SECONDS 5
 
 static const char cut[] = "# cut\n"; /* the last line, when not everything fits */
 
@@ -99,7 +102,15 @@ static int report_service(const clusterip_service_info *service, const clusterip
 		    backend->port, backend->weight, backend->state < 3 ? states[backend->state] : "unknown",
 		    (unsigned long long)backend->connects, (unsigned long long)backend->failures,
 		    (unsigned long long)backend->live);
-	return 0;
+	return ((struct report *)user)->cut; /* ends the visit */
+}
+
+static unsigned monotonic_second(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (unsigned)now.tv_sec;
 }
 
 /* The caller has the mutex, or there is no reporter. */
@@ -112,6 +123,7 @@ static void publish(const char *text, size_t length, unsigned attached)
 	ngx_memcpy(page->text, text, length);
 	page->text[length] = '\0';
 	atomic_store(&page->attached, attached);
+	atomic_store(&page->second, monotonic_second());
 	atomic_store(&page->changes, ++changes);
 }
 
@@ -379,7 +391,7 @@ static void on_mistake(const clusterip_error *mistake, void *user)
 static ngx_int_t read_text(ngx_cycle_t *cycle, ngx_clusterip_conf_t *conf)
 {
 	const char *why;
-	char *text = clusterip_read_file((char *)conf->file.data, &conf->text.len, &why);
+	char *text = clusterip_read_file((char *)conf->file.data, 16, &conf->text.len, &why);
 
 	if (!text) {
 		ngx_log_error(NGX_LOG_EMERG, cycle->log, 0, "clusterip \"%V\": %s", &conf->file, why);
@@ -490,7 +502,7 @@ static ngx_int_t send_status(ngx_http_request_t *request)
 		ngx_memcpy(buffer->pos, page->text, sizeof page->text);
 		atomic_thread_fence(memory_order_seq_cst);
 	} while (before % 2 || before != atomic_load(&page->changes));
-	if (!attached) return NGX_HTTP_SERVICE_UNAVAILABLE;
+	if (!attached || monotonic_second() - atomic_load(&page->second) > STALE_SECONDS) return NGX_HTTP_SERVICE_UNAVAILABLE;
 	buffer->last = buffer->pos + ngx_strnlen(buffer->pos, sizeof page->text);
 	buffer->last_buf = request == request->main;
 	buffer->last_in_chain = 1;

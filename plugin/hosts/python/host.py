@@ -50,7 +50,7 @@ class Host:
         self.library.clusterip_close.argtypes = [c_void_p]
         self.library.clusterip_close.restype = None
         self.handle = c_void_p()
-        options = Options(ctypes.sizeof(Options), cgroup.encode(), None, BACKGROUND, 0)
+        options = Options(ctypes.sizeof(Options), os.fsencode(cgroup), None, BACKGROUND, 0)
         self.call("open", byref(options), byref(self.handle))
 
     def call(self, name, *arguments):
@@ -59,7 +59,7 @@ class Host:
             raise Failed(f"{name}: {error.message.decode(errors='replace')}", code)
 
     def load(self, path):
-        text, name, mistakes = read_file(path), path.encode(), []
+        text, name, mistakes = read_file(path), os.fsencode(path), []
 
         def on_mistake(mistake, _):
             seen = mistake.contents
