@@ -155,6 +155,17 @@ class Reader {
   std::size_t count_ = 0;
 };
 
+/// Of a service or of a slice; none when something is wrong with it.
+std::optional<ServicePort> read_port(Reader& reader, const json::object& in, const std::string& path) {
+  const std::size_t before = reader.count();
+  ServicePort port{.name = std::string(reader.text(in, "name", path + ".name", ""))};
+  const auto protocol = reader.protocol(in, path);
+  port.port = static_cast<std::uint16_t>(reader.integer(find(in, "port"), 1, 65535, path + ".port"));
+  if (reader.count() != before) return {};
+  port.protocol = *protocol;
+  return port;
+}
+
 void read_addresses(Reader& reader, const json::object& in, std::string_view key, std::vector<config::Address>& out) {
   reader.elements(in, key, fmt::format("spec.{}", key), [&](const json::value& element, const std::string& path) {
     const auto address = reader.address(&element, config::vip_fault, path);
@@ -295,16 +306,12 @@ Reading<Service> read_service(const json::object& object, const config::Kubernet
 
   // From here on, what is wrong is skipped, and the rest is served.
   reader.objects(spec, "ports", "spec.ports", [&](const json::object& in, const std::string& path) {
-    const std::size_t before = reader.count();
-    ServicePort port{.name = std::string(reader.text(in, "name", path + ".name", ""))};
-    const auto protocol = reader.protocol(in, path);
-    port.port = static_cast<std::uint16_t>(reader.integer(find(in, "port"), 1, 65535, path + ".port"));
-    if (reader.count() != before) return;
-    port.protocol = *protocol;
-    const auto same = [&](const ServicePort& one) { return one.port == port.port && one.protocol == port.protocol; };
+    auto port = read_port(reader, in, path);
+    if (!port) return;
+    const auto same = [&](const ServicePort& one) { return one.port == port->port && one.protocol == port->protocol; };
     if (std::ranges::any_of(service.ports, same))
       return reader.mistake(path, "each port once per protocol", &in.at("port"));
-    service.ports.push_back(std::move(port));
+    service.ports.push_back(std::move(*port));
   });
   if (choices.external_ips) read_addresses(reader, spec, "externalIPs", service.external_ips);
   if (choices.load_balancer_ips) read_load_balancer(reader, object, service.load_balancer_ips);
@@ -335,13 +342,7 @@ Reading<Slice> read_slice(const json::object& object, const config::Kubernetes& 
   slice.service = fmt::format("{}/{}", name->substr(0, name->find('/')), std::string_view(service->get_string()));
   reader.objects(object, "ports", "ports", [&](const json::object& in, const std::string& path) {
     if (find(in, "port") == nullptr || text_in(in, "protocol") == "SCTP") return;  // the service's port tells of SCTP
-    const std::size_t before = reader.count();
-    ServicePort port{.name = std::string(reader.text(in, "name", path + ".name", ""))};
-    const auto protocol = reader.protocol(in, path);
-    port.port = static_cast<std::uint16_t>(reader.integer(find(in, "port"), 1, 65535, path + ".port"));
-    if (reader.count() != before) return;
-    port.protocol = *protocol;
-    slice.ports.push_back(std::move(port));
+    if (auto port = read_port(reader, in, path)) slice.ports.push_back(std::move(*port));
   });
   const json::value* endpoints = find(object, "endpoints");
   if (!slice.ports.empty() && endpoints != nullptr && endpoints->is_array())

@@ -72,15 +72,7 @@ class Lua:
 class Module(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        if reason := stage.missing_privilege():
-            if os.environ.get("CLUSTERIP_REQUIRE_PRIVILEGE") == "1":
-                raise AssertionError(reason)
-            raise unittest.SkipTest(reason)
-        cls.cgroup = stage.Cgroup()
-        cls.addClassCleanup(cls.cgroup.remove)
-        stage.enter_private_environment()
-        cls.directory = stage.Directory()
-        cls.addClassCleanup(cls.directory.remove)
+        stage.set_up(cls)
 
     def setUp(self):
         self.file = self.directory.write("services.toml", stage.services(backend1=1, backend2=3))

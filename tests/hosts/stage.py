@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import unittest
 
 BUILD = pathlib.Path(os.environ["CLUSTERIP_BUILD"])
 SOURCE = pathlib.Path(os.environ["CLUSTERIP_SOURCE"])
@@ -230,3 +231,16 @@ def pins():
 
 def children(pid):
     return {int(word) for word in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+def set_up(test_class):
+    """For setUpClass: a cgroup, an environment of the process's own, and a directory; or a skip with the reason."""
+    if reason := missing_privilege():
+        if os.environ.get("CLUSTERIP_REQUIRE_PRIVILEGE") == "1":
+            raise AssertionError(reason)
+        raise unittest.SkipTest(reason)
+    test_class.cgroup = Cgroup()
+    test_class.addClassCleanup(test_class.cgroup.remove)
+    enter_private_environment()
+    test_class.directory = Directory()
+    test_class.addClassCleanup(test_class.directory.remove)

@@ -47,15 +47,7 @@ class Scenario(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        if reason := stage.missing_privilege():
-            if os.environ.get("CLUSTERIP_REQUIRE_PRIVILEGE") == "1":
-                raise AssertionError(reason)
-            raise unittest.SkipTest(reason)
-        cls.cgroup = stage.Cgroup()
-        cls.addClassCleanup(cls.cgroup.remove)
-        stage.enter_private_environment()
-        cls.directory = stage.Directory()
-        cls.addClassCleanup(cls.directory.remove)
+        stage.set_up(cls)
         cls.backends = stage.Backends(cls.directory)
         cls.addClassCleanup(cls.backends.end)
 
