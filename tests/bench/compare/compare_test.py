@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import xml.etree.ElementTree
 
@@ -40,10 +41,23 @@ def processes_of(session):
     return found
 
 
+def wait_for(what, found):
+    """What `found` returns, as soon as it is true."""
+    deadline = time.monotonic() + 60
+    while not (result := found()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"no {what} within a minute")
+        time.sleep(0.01)
+    return result
+
+
 def benchmark_of(process):
-    """The process of bench_compare, which `run` has started."""
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return next(int(pid) for pid in children if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() == "bench_compare")
+    """The process of bench_compare, once `run` has started it."""
+    def found():
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return next((int(pid) for pid in children
+                     if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() == "bench_compare"), None)
+    return wait_for("bench_compare", found)
 
 
 @unittest.skipIf(os.geteuid() != 0 and os.environ.get("CLUSTERIP_REQUIRE_PRIVILEGE") != "1", "needs root")
@@ -64,10 +78,9 @@ class Compare(unittest.TestCase):
             figures, charts = pathlib.Path(directory, "figures.json"), pathlib.Path(directory, "charts")
             process = self.start("--only", "connect", "--quick", "--rounds", "1", "--turns", "1", "--json", figures,
                                  "--charts", charts)
-            first = process.stderr.readline()  # the first peer has had its turn
             benchmark = benchmark_of(process)
             out, err = process.communicate(timeout=120)
-            self.assertEqual(process.returncode, 0, first + err + out)
+            self.assertEqual(process.returncode, 0, err + out)
             measured, = json.loads(figures.read_text())["measured"]
             self.assertEqual({one["peer"] for one in measured["peers"]}, PEERS, err)
             for one in measured["peers"]:
@@ -79,9 +92,9 @@ class Compare(unittest.TestCase):
 
     def test_nothing_is_left_after_an_interrupt(self):
         process = self.start("--only", "bulk1,rate", "--rounds", "100", "--seconds", "0.1")
-        process.stderr.readline()
         benchmark = benchmark_of(process)
-        self.assertNotEqual(cgroups_of(benchmark), [])
+        process.stderr.readline()  # a round is over, and the next begins
+        wait_for("cgroup", lambda: cgroups_of(benchmark))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, err = process.communicate(timeout=60)
         self.assertEqual(process.returncode, 130, err)
