@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -50,11 +51,9 @@ std::vector<config::Mistake> mistakes_in(const Plugin& plugin, std::string_view 
   return mistakes;
 }
 
-std::vector<std::string> warnings_about(std::string_view text, const std::string& name) {
+std::vector<std::string> warnings_about(const config::Config& config, const std::string& name) {
   std::vector<std::string> warnings;
-  const auto config = config::read_config(text);
-  if (!config) return warnings;
-  for (const auto& service : config->services) {
+  for (const auto& service : config.services) {
     const auto warn = [&](std::string_view key, std::string_view what) {
       warnings.push_back(fmt::format("{}:{}:{}: warning: service \"{}\": {}: {}", config::printable(name),
                                      service.position.line, service.position.column, config::printable(service.name),
@@ -65,7 +64,7 @@ std::vector<std::string> warnings_about(std::string_view text, const std::string
            "what a rule for this mark keeps from a sidecar also bypasses its mTLS, authorization and telemetry");
     if (const std::string vip = service.vip.to_string(); vip == "127.0.0.1" || vip == "::1")
       warn("vip", "connects to every other port of it are refused, those to local servers included");
-    const bool is_proxied = config->engine.mode == config::EngineMode::userspace ||
+    const bool is_proxied = config.engine.mode == config::EngineMode::userspace ||
                             service.engine == config::EngineMode::userspace ||
                             service.proxy_protocol != config::ProxyProtocol::none;
     if (is_proxied && service.no_backend != config::NoBackend::refuse)
@@ -111,7 +110,8 @@ Outcome run(const Plugin& plugin, const Given& given) {
   }
 
   const auto mistakes = mistakes_in(plugin, text, name);
-  const auto warnings = warnings_about(text, name);
+  const auto config = config::read_config(text);
+  const auto warnings = config ? warnings_about(*config, name) : std::vector<std::string>();
   if (given.options["json"].as<bool>()) {
     fmt::print("{}\n", boost::json::serialize(to_json(mistakes, warnings, name)));
   } else if (mistakes.empty()) {
@@ -125,11 +125,14 @@ Outcome run(const Plugin& plugin, const Given& given) {
 
 }  // namespace
 
-bool check_text(const Plugin& plugin, std::string_view text, const std::string& name) {
-  const auto mistakes = mistakes_in(plugin, text, name);
-  show(mistakes, text, name);
-  for (const std::string& warning : warnings_about(text, name)) fmt::print(stderr, "{}\n", warning);
-  return mistakes.empty();
+std::optional<config::Config> read_text(std::string_view text, const std::string& name) {
+  auto config = config::read_config(text);
+  if (!config) {
+    show(config.error(), text, name);
+    return {};
+  }
+  for (const std::string& warning : warnings_about(*config, name)) fmt::print(stderr, "{}\n", warning);
+  return std::move(*config);
 }
 
 const Verb check_verb{.name = "check",

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <tuple>
 
 #include "cli/pinned.h"
 #include "cli/verbs.h"
@@ -38,12 +39,16 @@ Outcome run(const Plugin& plugin, const Given& given) {
   const auto& file = given.options["config"].as<std::string>();
   const auto text = config::read_file(file);
   if (!text) return std::unexpected(Failure{.exit = Exit::configuration, .message = text.error().message});
-  if (!check_text(plugin, *text, file)) return Exit::configuration;
+  auto config = read_text(*text, file);
+  if (!config) return Exit::configuration;
 
-  // The plugin applies the [engine] table; here it is read for what to tell the user.
-  const auto model = config::read_config(*text);
-  std::string cgroup = model ? model->engine.cgroup : "";
-  std::string pin = model ? model->engine.pin : "";
+  // The plugin applies the file; here it is read for what to tell the user, and no longer kept than for that: a large
+  // one takes as much memory again.
+  auto [cgroup, pin, control] = std::tuple(config->engine.cgroup, config->engine.pin, config->engine.control);
+  const bool has_cluster = config->kubernetes.has_value();
+  const bool has_health =
+      std::ranges::any_of(config->services, [](const auto& service) { return service.health.has_value(); });
+  config.reset();
   auto options = sized<clusterip_options>();
   options.flags = CLUSTERIP_ENGINE_TABLE;
   if (given.options.contains("cgroup")) {
@@ -79,11 +84,10 @@ Outcome run(const Plugin& plugin, const Given& given) {
                  config::printable(service.reason));
     }
   }
-  if (model && model->kubernetes)
+  if (has_cluster)
     fmt::print(stderr, "warning: services of Kubernetes are served only while a daemon runs (clusterip run)\n");
-  if (model && std::ranges::any_of(model->services, [](const auto& service) { return service.health.has_value(); }))
-    fmt::print(stderr, "warning: health is checked only while a daemon runs (clusterip run)\n");
-  if (model) warn_of_daemon(model->engine.control, pin);
+  if (has_health) fmt::print(stderr, "warning: health is checked only while a daemon runs (clusterip run)\n");
+  warn_of_daemon(control, pin);
   return Exit::fine;
 }
 

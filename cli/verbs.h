@@ -5,11 +5,13 @@
 
 #include <boost/program_options/options_description.hpp>
 #include <boost/program_options/variables_map.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
 
 #include "cli/outcome.h"
 #include "cli/plugin.h"
+#include "config/config.h"
 
 namespace cli {
 
@@ -32,7 +34,7 @@ struct Verb {
 
 extern const Verb check_verb, probe_verb, load_verb, unload_verb, run_verb, status_verb, trace_verb, resolve_verb;
 
-/// Validate `text` and show each mistake on stderr. False: there were some.
-bool check_text(const Plugin& plugin, std::string_view text, const std::string& name);
+/// What `text` says, with each warning shown on stderr. Nothing: it has mistakes, and each was shown there.
+std::optional<config::Config> read_text(std::string_view text, const std::string& name);
 
 }  // namespace cli

@@ -176,15 +176,18 @@ Proxy::~Proxy() {
 
 Problems Proxy::apply(config::Config config) {
   Problems problems = late_changes(config.userspace);
-  config_ = std::move(config);
-  services_.clear();
+  userspace_ = std::move(config.userspace);
+  in_order_.clear();
+  in_order_.reserve(config.services.size());
+  by_name_.clear();
   held_states_.clear();
   std::set<SocketName> kept;
-  for (const config::Service& settings : config_.services) {
+  for (const config::Service& settings : config.services) {
     const SocketName key{settings.vip, settings.port, settings.protocol};
-    services_.emplace(settings.name, static_cast<std::size_t>(&settings - config_.services.data()));
     kept.insert(key);
     const auto [entry, is_new] = served_.try_emplace(key);
+    in_order_.push_back(&entry->second);
+    by_name_.emplace(settings.name, &entry->second);
     // A thread that serves must not wait for whoever reads the log.
     if (is_new) {
       entry->second.state->report = [this](spdlog::level::level_enum level, std::string line) {
@@ -204,11 +207,10 @@ Problems Proxy::apply(config::Config config) {
   Problems vip_problems = make_vips_local();
   std::ranges::move(vip_problems, std::back_inserter(problems));
   allow();
-  for (const config::Service& settings : config_.services) {
-    Served& served = served_.at({settings.vip, settings.port, settings.protocol});
-    update(served, next_service(settings, served), posts);
-    if (!served.problem.empty())
-      problems.push_back(fmt::format("service {}: {}", config::printable(settings.name), served.problem));
+  for (std::size_t i = 0; i < in_order_.size(); ++i) {
+    Served& served = *in_order_[i];
+    update(served, next_service(std::move(config.services[i]), served), posts);
+    if (!served.problem.empty()) problems.push_back(problem_of(served));
   }
   for (auto next = served_.begin(); next != served_.end();) {
     const auto entry = next++;
@@ -227,6 +229,10 @@ Problems Proxy::apply(config::Config config) {
   return problems;
 }
 
+std::string Proxy::problem_of(const Served& served) {
+  return fmt::format("service {}: {}", config::printable(served.service->settings().name), served.problem);
+}
+
 /// What a reload does not change.
 Problems Proxy::late_changes(const config::Userspace& next) const {
   Problems problems;
@@ -243,7 +249,7 @@ Problems Proxy::late_changes(const config::Userspace& next) const {
 }
 
 /// Backends that stay are the same objects.
-std::shared_ptr<const Service> Proxy::next_service(const config::Service& settings, Served& served) {
+std::shared_ptr<const Service> Proxy::next_service(config::Service settings, Served& served) {
   std::map<std::pair<config::Address, std::uint16_t>, BackendPointer> known;
   if (served.service) {
     const auto before = served.service->backends();
@@ -258,7 +264,7 @@ std::shared_ptr<const Service> Proxy::next_service(const config::Service& settin
     const auto found = known.find({backend.address, backend.port});
     backends.push_back(found != known.end() ? found->second : std::make_shared<Backend>(backend.address, backend.port));
   }
-  return std::make_shared<Service>(settings, std::move(backends), served.state);
+  return std::make_shared<Service>(std::move(settings), std::move(backends), served.state);
 }
 
 void Proxy::update(Served& served, std::shared_ptr<const Service> next, Posts& posts) {
@@ -382,29 +388,27 @@ void Proxy::open_waiting(Served& served) {
   if (!served.waits_for_socket || is_handing_over_ || is_draining_) return;
   Posts posts(workers_);
   open_listener(served, posts);
-  if (!served.problem.empty())
-    spdlog::warn("service {}: {}", config::printable(served.service->settings().name), served.problem);
+  if (!served.problem.empty()) spdlog::warn("{}", problem_of(served));
 }
 
 void Proxy::set_backend_state(const std::string& service, const config::Address& address, std::uint16_t port,
                               config::BackendState state) {
   // A successor is being handed the sockets as they are.
   if (is_handing_over_) return held_states_.push_back({service, address, port, state});
-  const auto index = services_.find(service);
-  if (index == services_.end() || is_draining_) return;
-  config::Service& settings = config_.services[index->second];
+  const auto found = by_name_.find(service);
+  if (found == by_name_.end() || is_draining_) return;
+  Served& served = *found->second;
+  config::Service settings = served.service->settings();
   const auto backend = std::ranges::find_if(
       settings.backends, [&](const config::Backend& each) { return each.address == address && each.port == port; });
   if (backend == settings.backends.end() || backend->state == state || backend->state == config::BackendState::drain ||
       state == config::BackendState::drain)
     return;
   backend->state = state;
-  Served& served = served_.at({settings.vip, settings.port, settings.protocol});
   const bool had_problem = !served.problem.empty();
   Posts posts(workers_);
-  update(served, next_service(settings, served), posts);
-  if (!served.problem.empty() && !had_problem)
-    spdlog::warn("service {}: {}", config::printable(settings.name), served.problem);
+  update(served, next_service(std::move(settings), served), posts);
+  if (!served.problem.empty() && !had_problem) spdlog::warn("{}", problem_of(served));
 }
 
 /// on_remove = "reset": the connections of backends that `after` does not have end. And one that is still on its way to
@@ -478,7 +482,7 @@ void Proxy::watch_leaving() {
 }
 
 void Proxy::allow() {
-  allowed_ = std::make_shared<Allowed>(config_.userspace.allow_from, own_addresses());
+  allowed_ = std::make_shared<Allowed>(userspace_.allow_from, own_addresses());
   Posts posts(workers_);
   for (const auto& [key, served] : served_) {
     if (served.listener)
@@ -588,18 +592,18 @@ Status Proxy::status() const {
                 .threads = workers_.size(),
                 .connections = connections(),
                 .connection_limit = static_cast<std::uint64_t>(admission_.limit())};
-  status.services.reserve(config_.services.size());
-  for (const config::Service& settings : config_.services) status.services.push_back(status_of(settings));
+  status.services.reserve(in_order_.size());
+  for (const Served* served : in_order_) status.services.push_back(status_of(*served));
   return status;
 }
 
-ServiceStatus Proxy::status_of(const config::Service& settings) const {
+ServiceStatus Proxy::status_of(const Served& served) const {
+  const config::Service& settings = served.service->settings();
   ServiceStatus status{.name = settings.name,
                        .vip = settings.vip,
                        .port = settings.port,
                        .protocol = settings.protocol,
                        .policy = settings.policy};
-  const Served& served = served_.at({settings.vip, settings.port, settings.protocol});
   const auto vip_problem = vip_problems_.find(settings.vip);
   status.is_serving = served.listener != nullptr || served.udp_listener != nullptr;
   if (is_draining_)
@@ -657,7 +661,7 @@ void Proxy::drain(std::function<void()> done) {
   }
   // Never at once: whoever asked for it may have something to say first, as to a successor.
   drain_timer_.expires_after(20ms);
-  drain_timer_.async_wait([this, until = Clock::now() + config_.userspace.drain_timeout,
+  drain_timer_.async_wait([this, until = Clock::now() + userspace_.drain_timeout,
                            done = std::move(done)](const boost::system::error_code& error) mutable {
     if (!error) wait_for_end(until, std::move(done));
   });

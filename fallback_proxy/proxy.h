@@ -78,7 +78,7 @@ class Proxy {
 
   Status status() const;
 
-  std::size_t services() const { return config_.services.size(); }
+  std::size_t services() const { return in_order_.size(); }
   /// Those that have a socket, or no active backend to need one for.
   std::size_t serving() const;
   std::size_t connections() const;
@@ -105,7 +105,7 @@ class Proxy {
   /// What a change asks of each worker: one post each, however many services there are.
   class Posts;
 
-  std::shared_ptr<const Service> next_service(const config::Service& settings, Served& served);
+  std::shared_ptr<const Service> next_service(config::Service settings, Served& served);
   void update(Served& served, std::shared_ptr<const Service> next, Posts& posts);
   bool is_by_route(const config::Address& vip) const;
   config::Result<config::Fd> socket_for(const Service& service);
@@ -122,7 +122,8 @@ class Proxy {
   void open_missing_listeners();
   void route_removed();
   void add_removed_routes();
-  ServiceStatus status_of(const config::Service& settings) const;
+  ServiceStatus status_of(const Served& served) const;
+  static std::string problem_of(const Served& served);
   void watch_leaving();
   void allow();
   void wait_for_end(Clock::time_point until, std::function<void()> done);
@@ -130,7 +131,7 @@ class Proxy {
   const std::chrono::system_clock::time_point since_ = std::chrono::system_clock::now();
   boost::asio::io_context& control_;
   const config::Userspace first_;  // some of it holds for good
-  config::Config config_;
+  config::Userspace userspace_;    // as the last configuration has it
   Admission admission_;
   Workers workers_;
   std::size_t next_worker_ = 0;
@@ -156,9 +157,10 @@ class Proxy {
     std::uint16_t port;
     config::BackendState state;
   };
-  std::vector<State> held_states_;                         // while nothing may change
-  std::unordered_map<std::string, std::size_t> services_;  // by name: their index in config_
+  std::vector<State> held_states_;  // while nothing may change
   std::map<SocketName, Served> served_;
+  std::vector<Served*> in_order_;  // of the configuration
+  std::unordered_map<std::string, Served*> by_name_;
   std::map<SocketName, std::set<std::uint64_t>> closing_;  // sockets that their workers have yet to close
   std::uint64_t closings_ = 0;                             // so far: each has its number
   std::vector<Leaving> leaving_;

@@ -7,7 +7,7 @@
 #include <spdlog/common.h>
 
 #include <atomic>
-#include <boost/unordered/unordered_flat_set.hpp>
+#include <boost/container/flat_set.hpp>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -86,7 +86,7 @@ class Service {
   std::vector<BackendPointer> backends_;
   std::vector<BackendPointer> active_;  // that are chosen from
   std::vector<std::uint32_t> weights_;  // of active_
-  boost::unordered_flat_set<const Backend*> active_set_;
+  boost::container::flat_set<const Backend*> active_set_;
   std::vector<balance::Column> columns_;  // random, least_conn: over active_
   std::vector<std::uint32_t> slots_;      // round_robin: the ring; maglev: its table; of indices of active_
   std::shared_ptr<ServiceState> state_;

@@ -392,6 +392,7 @@ class Program {
                         .metrics = config.metrics,
                         .kubernetes = {},
                         .services = {}};
+    part.services.reserve(static_cast<std::size_t>(std::ranges::count_if(config.services, wanted)));
     for (const config::Service& service : config.services) {
       if (!wanted(service)) continue;
       config::Service& copy = part.services.emplace_back(service);
