@@ -7,6 +7,7 @@
 #include "cli/verbs.h"
 #include "config/names.h"
 #include "config/values.h"
+#include "run/cluster.h"
 #include "run/log.h"
 #include "run/program.h"
 
@@ -34,7 +35,8 @@ Outcome run_service(const Plugin& plugin, const Given& given) {
                          .file = given.options["config"].as<std::string>(),
                          .engine = {},
                          .control = {},
-                         .take_over = false};
+                         .take_over = false,
+                         .follow_cluster = run::follow_kubernetes};
   if (given.options.contains("engine")) {
     const auto& engine = given.options["engine"].as<std::string>();
     const auto* const name = std::ranges::find(config::engine_names, engine, &config::Name<config::EngineMode>::text);

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #include "run/cluster.h"
 
-#include <netinet/in.h>
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
-#include <boost/asio/ip/address.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <chrono>
+#include <string>
 #include <utility>
 
 #include "kubernetes/source.h"
@@ -28,29 +29,42 @@ bool have_same_shape(const std::vector<config::Service>& before, const std::vect
   });
 }
 
-}  // namespace
+class KubernetesCluster : public Cluster {
+ public:
+  KubernetesCluster(boost::asio::io_context& io, ClusterServices kept, Handlers handlers)
+      : handlers_(std::move(handlers)), services_(std::move(kept)), timer_(io) {}
 
-Cluster::Cluster(boost::asio::io_context& io, ClusterServices kept, Handlers handlers)
-    : handlers_(std::move(handlers)), services_(std::move(kept)), timer_(io) {}
+  config::Result<void> follow(boost::asio::io_context& io, const config::Kubernetes& choices);
+  [[nodiscard]] const ClusterServices& services() const override { return services_; }
+  void merge_soon() override;
+  [[nodiscard]] ClusterStatus status() const override;
 
-Cluster::~Cluster() = default;
+ private:
+  void change(std::vector<kubernetes::Change> changes);
 
-config::Result<std::unique_ptr<Cluster>> Cluster::follow(boost::asio::io_context& io, const config::Kubernetes& choices,
-                                                         ClusterServices kept, Handlers handlers) {
-  std::unique_ptr<Cluster> cluster(new Cluster(io, std::move(kept), std::move(handlers)));
+  const Handlers handlers_;
+  ClusterServices services_;
+  boost::asio::steady_timer timer_;
+  Clock::time_point next_merge_;  // not before
+  bool is_merge_due_ = false;
+  bool is_listed_ = false;
+  std::unique_ptr<kubernetes::Source> source_;
+};
+
+config::Result<void> KubernetesCluster::follow(boost::asio::io_context& io, const config::Kubernetes& choices) {
   auto source = kubernetes::Source::create(
       io, choices, kubernetes::Pace{},
-      {.changed = [it = cluster.get()](std::vector<kubernetes::Change> changes) { it->change(std::move(changes)); },
+      {.changed = [this](std::vector<kubernetes::Change> changes) { change(std::move(changes)); },
        .tell =
            [](bool is_error, const std::string& line) {
              spdlog::log(is_error ? spdlog::level::err : spdlog::level::info, "{}", line);
            }});
   if (!source) return std::unexpected(source.error());
-  cluster->source_ = std::move(*source);
-  return cluster;
+  source_ = std::move(*source);
+  return {};
 }
 
-void Cluster::change(std::vector<kubernetes::Change> changes) {
+void KubernetesCluster::change(std::vector<kubernetes::Change> changes) {
   bool has_new_shape = !is_listed_;
   // What was kept and is not in the list is gone.
   if (!std::exchange(is_listed_, true)) services_.clear();
@@ -73,7 +87,7 @@ void Cluster::change(std::vector<kubernetes::Change> changes) {
   if (has_new_shape) merge_soon();
 }
 
-void Cluster::merge_soon() {
+void KubernetesCluster::merge_soon() {
   if (std::exchange(is_merge_due_, true)) return;
   timer_.expires_at(next_merge_);
   timer_.async_wait([this](const boost::system::error_code& cancelled) {
@@ -87,7 +101,7 @@ void Cluster::merge_soon() {
   });
 }
 
-ClusterStatus Cluster::status() const {
+ClusterStatus KubernetesCluster::status() const {
   const kubernetes::SourceStatus seen = source_->status();
   const auto age = seen.is_current ? 0s : Clock::now() - seen.last_current;
   return {.server = seen.server,
@@ -102,27 +116,14 @@ ClusterStatus Cluster::status() const {
           .failures = seen.counts.failures};
 }
 
-ClusterServices cluster_services(const std::vector<cli::SeenService>& seen) {
-  ClusterServices services;
-  for (const cli::SeenService& one : seen) {
-    if (!is_cluster_name(one.name)) continue;
-    config::Service service;
-    service.name = one.name;
-    service.vip = boost::asio::ip::make_address(one.vip);
-    service.port = one.port;
-    service.protocol = one.protocol == IPPROTO_UDP ? config::Protocol::udp : config::Protocol::tcp;
-    service.client = config::Client::netns;
-    for (const cli::SeenBackend& backend : one.backends) {
-      service.backends.push_back(
-          {.address = boost::asio::ip::make_address(backend.address),
-           .port = backend.port,
-           .weight = 1,
-           .state = backend.state == CLUSTERIP_DRAIN ? config::BackendState::drain : config::BackendState::active,
-           .position = {}});
-    }
-    services[one.name.substr(0, one.name.find(':'))].push_back(std::move(service));
-  }
-  return services;
+}  // namespace
+
+config::Result<std::unique_ptr<Cluster>> follow_kubernetes(boost::asio::io_context& io,
+                                                           const config::Kubernetes& choices, ClusterServices kept,
+                                                           Cluster::Handlers handlers) {
+  auto cluster = std::make_unique<KubernetesCluster>(io, std::move(kept), std::move(handlers));
+  if (auto followed = cluster->follow(io, choices); !followed) return std::unexpected(followed.error());
+  return cluster;
 }
 
 }  // namespace run

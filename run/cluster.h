@@ -4,27 +4,18 @@
 #pragma once
 
 #include <boost/asio/io_context.hpp>
-#include <boost/asio/steady_timer.hpp>
-#include <chrono>
-#include <cstdint>
 #include <functional>
 #include <memory>
-#include <string>
 #include <vector>
 
-#include "cli/pinned.h"
 #include "config/config.h"
 #include "config/result.h"
 #include "run/merge.h"
 #include "run/status.h"
 
-namespace kubernetes {
-class Source;
-struct Change;
-}  // namespace kubernetes
-
 namespace run {
 
+/// An interface, so that a program without clusters links none of what it takes to follow one.
 class Cluster {
  public:
   struct Handlers {
@@ -35,30 +26,21 @@ class Cluster {
     std::function<void(const std::vector<const config::Service*>&)> set_backends;
   };
 
-  /// `kept`: what served before this process, until all was listed. It has to live until `io` runs no more.
-  static config::Result<std::unique_ptr<Cluster>> follow(boost::asio::io_context& io, const config::Kubernetes& choices,
-                                                         ClusterServices kept, Handlers handlers);
-  ~Cluster();
-
-  [[nodiscard]] const ClusterServices& services() const { return services_; }
+  virtual ~Cluster() = default;
+  [[nodiscard]] virtual const ClusterServices& services() const = 0;
   /// Merges again soon.
-  void merge_soon();
-  [[nodiscard]] ClusterStatus status() const;
-
- private:
-  Cluster(boost::asio::io_context& io, ClusterServices kept, Handlers handlers);
-  void change(std::vector<kubernetes::Change> changes);
-
-  const Handlers handlers_;
-  ClusterServices services_;
-  boost::asio::steady_timer timer_;
-  std::chrono::steady_clock::time_point next_merge_;  // not before
-  bool is_merge_due_ = false;
-  bool is_listed_ = false;
-  std::unique_ptr<kubernetes::Source> source_;
+  virtual void merge_soon() = 0;
+  [[nodiscard]] virtual ClusterStatus status() const = 0;
 };
 
-/// What of a fast path that an earlier process left is a cluster's. Of affinity it does not tell.
-ClusterServices cluster_services(const std::vector<cli::SeenService>& seen);
+/// `kept`: what served before this process, until all was listed. The cluster has to live until `io` runs no more.
+using FollowCluster = config::Result<std::unique_ptr<Cluster>> (*)(boost::asio::io_context& io,
+                                                                   const config::Kubernetes& choices,
+                                                                   ClusterServices kept, Cluster::Handlers handlers);
+
+/// What [kubernetes] asks for.
+config::Result<std::unique_ptr<Cluster>> follow_kubernetes(boost::asio::io_context& io,
+                                                           const config::Kubernetes& choices, ClusterServices kept,
+                                                           Cluster::Handlers handlers);
 
 }  // namespace run

@@ -139,7 +139,8 @@ int run(int argc, char** argv) {
                 .file = given["config"].as<std::string>(),
                 .engine = config::EngineMode::userspace,
                 .control = control,
-                .take_over = given["take-over"].as<bool>()});
+                .take_over = given["take-over"].as<bool>(),
+                .follow_cluster = nullptr});
 }
 
 /// A full disk or a closed pipe must not look like success.

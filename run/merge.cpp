@@ -2,8 +2,10 @@
 #include "run/merge.h"
 
 #include <fmt/format.h>
+#include <netinet/in.h>
 
 #include <algorithm>
+#include <boost/asio/ip/address.hpp>
 #include <iterator>
 #include <set>
 #include <tuple>
@@ -109,6 +111,29 @@ Merged merge(const config::Config& own, std::string_view text, const ClusterServ
   }
   std::ranges::move(added, std::back_inserter(merged.config.services));
   return merged;
+}
+
+ClusterServices cluster_services(const std::vector<cli::SeenService>& seen) {
+  ClusterServices services;
+  for (const cli::SeenService& one : seen) {
+    if (!is_cluster_name(one.name)) continue;
+    config::Service service;
+    service.name = one.name;
+    service.vip = boost::asio::ip::make_address(one.vip);
+    service.port = one.port;
+    service.protocol = one.protocol == IPPROTO_UDP ? config::Protocol::udp : config::Protocol::tcp;
+    service.client = config::Client::netns;
+    for (const cli::SeenBackend& backend : one.backends) {
+      service.backends.push_back(
+          {.address = boost::asio::ip::make_address(backend.address),
+           .port = backend.port,
+           .weight = 1,
+           .state = backend.state == CLUSTERIP_DRAIN ? config::BackendState::drain : config::BackendState::active,
+           .position = {}});
+    }
+    services[one.name.substr(0, one.name.find(':'))].push_back(std::move(service));
+  }
+  return services;
 }
 
 }  // namespace run

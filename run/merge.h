@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "cli/pinned.h"
 #include "config/config.h"
 
 namespace run {
@@ -24,6 +25,9 @@ struct Merged {
 /// What the cluster has no room for, or what collides with the file, is left out: the file's services are served in any
 /// case. `text` is what `own` was read from.
 Merged merge(const config::Config& own, std::string_view text, const ClusterServices& cluster);
+
+/// What of a fast path that an earlier process left is a cluster's. Of affinity it does not tell.
+ClusterServices cluster_services(const std::vector<cli::SeenService>& seen);
 
 /// The form that names of a cluster's services have: "namespace/name:80/tcp".
 bool is_cluster_name(std::string_view name);

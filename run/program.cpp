@@ -194,7 +194,7 @@ class Program {
 
   /// What an earlier process left of them serves until they were listed.
   std::expected<void, Failure> follow_cluster() {
-    if (can_replace())
+    if (settings_.follow_cluster == nullptr)
       return std::unexpected(
           Failure{.exit = cli::Exit::configuration,
                   .message = fmt::format("{}: kubernetes: only `clusterip run` follows a cluster", settings_.file)});
@@ -207,7 +207,7 @@ class Program {
     if (!kept.empty())
       spdlog::info("kubernetes: {} that an earlier process left serve until all were listed",
                    cli::count(kept.size(), "service"));
-    auto followed = Cluster::follow(
+    auto followed = settings_.follow_cluster(
         control_, *in_force_.kubernetes, std::move(kept),
         {.merge = [this] { return merge_cluster(); },
          .set_backends =

@@ -10,6 +10,7 @@
 #include "cli/outcome.h"
 #include "cli/plugin.h"
 #include "config/config.h"
+#include "run/cluster.h"
 
 namespace run {
 
@@ -19,6 +20,7 @@ struct Settings {
   std::optional<config::EngineMode> engine;  // instead of [engine] mode
   std::optional<std::string> control;        // the socket, instead of [engine] control
   bool take_over = false;                    // replace the process at the control socket; without a fast path only
+  FollowCluster follow_cluster = nullptr;    // null: it follows none, and refuses [kubernetes]
 };
 
 /// Serves until a signal ends it. `plugin` null: there is no fast path, for the reason `no_plugin`, or, without one,
