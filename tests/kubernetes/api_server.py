@@ -59,6 +59,7 @@ class Faults:
         self.cut_after = None  # a function: bytes until a connection is cut, or None
         self.expire = lambda: False  # asked before each batch of events: does the watch end with 410?
         self.shuffle = False  # events come twice, and in another order
+        self.again = 0  # how likely an old event comes once more behind new ones
         self.silent = False  # connections are taken, and nothing is answered
         self.slow = 0  # seconds between bytes of events
         self.forbidden = set()  # (verb, plural)
@@ -389,9 +390,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                     texts.append(event.text())
                 elif event.kind == "MODIFIED":  # it was, perhaps; the real one knows
                     texts.append(event.text("DELETED"))
+            texts, late = texts + late, []
             if faults.shuffle:
                 # Some come twice, some come late; none is lost.
-                texts, late = texts + late, []
                 for text in list(texts):
                     if faults.chance.random() < 0.2:
                         texts.append(text)
@@ -399,6 +400,10 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                         late.append(text)
                         texts.remove(text)
                 faults.chance.shuffle(texts)
+            while events and faults.chance.random() < faults.again:
+                old = log[faults.chance.randrange(max(0, position - 500), position)]
+                if old.stored is not None and wanted(key, old.stored.value):
+                    texts.append(old.text())
             if texts:
                 self.chunk(b"".join(texts))
             elif has_bookmarks and not late and not events and version <= now:

@@ -42,7 +42,8 @@ def load_tests(loader, standard, pattern):
     return unittest.TestSuite(tests for tests in standard if not any(type(test) is Scenario for test in tests))
 
 
-class Scenario(unittest.TestCase):
+class Stage(unittest.TestCase):
+    """An API server, and a daemon that a test starts beside it."""
     engine = ""
 
     @classmethod
@@ -109,6 +110,8 @@ class Scenario(unittest.TestCase):
             client.settimeout(5)
             return client.connect_ex((vip, 80)) in (111, 101)  # userspace: the address may be no longer local
 
+
+class Scenario(Stage):
     def test_services_come_change_and_go_beside_those_of_the_file(self):
         self.api.put("services", service("web", 0))
         self.api.put("endpointslices", slice_of("web", [ONE, TWO]))
