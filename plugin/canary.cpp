@@ -61,16 +61,21 @@ bool is_refusal(int error) { return error == ECONNREFUSED || error == EPERM; }
   const int procs = openat(cgroup, "cgroup.procs", O_WRONLY | O_CLOEXEC);
   if (procs < 0) {
     report.join_errno = errno;
-    _exit(1);
   }
   // The host's descriptors must not outlive it here: one of them is the lock of the pins. (Linux 5.9; before, they
   // may.)
-  syscall(SYS_close_range, 0, procs - 1, 0);
+  if (procs > 0) {
+    syscall(SYS_close_range, 0, procs - 1, 0);
+  }
   syscall(SYS_close_range, procs + 1, ~0u, 0);
-  if (write(procs, "0", 1) != 1) {
+  if (procs >= 0 && write(procs, "0", 1) != 1) {
     report.join_errno = errno;
+  }
+  if (report.join_errno == EBUSY) {
     _exit(1);
   }
+  // In a container it may not go there: the tree is read-only, or begins above its cgroup namespace. It stays where it
+  // is: if that is below the cgroup, the same program runs there.
   report.loopback_errno = connect_to(CANARY_BACKEND, CANARY_PORT);
   report.seen.rewrite_errno = connect_to(CANARY_VIP, CANARY_PORT);
   const int refused = connect_to(CANARY_VIP, CANARY_REFUSED_PORT);
@@ -131,7 +136,9 @@ Result<CanaryResult> run_canary(const Cgroup& cgroup) {
   if (!ran) {
     return std::unexpected(ran.error());
   }
-  if (report->join_errno != 0) {
+  const CanaryResult& seen = report->seen;
+  const bool is_proof = report->done && seen.rewrite_errno == 0 && seen.refuse_errno != 0;
+  if (report->join_errno != 0 && !is_proof) {
     return fail_errno(report->join_errno, "moving the canary into the cgroup " + cgroup.path);
   }
   // Refused is reachable: 127.0.0.1 is a VIP itself, without a service at this port.
