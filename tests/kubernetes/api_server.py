@@ -20,6 +20,15 @@ KINDS = {
     "services": ("", "Service"),
     "endpointslices": ("discovery.k8s.io", "EndpointSlice"),
 }
+# What can be made, and is only remembered: all that deploy/kubernetes has.
+MADE = {
+    # plural: (group and version, kind, whether it is in a namespace)
+    "serviceaccounts": ("v1", "ServiceAccount", True),
+    "configmaps": ("v1", "ConfigMap", True),
+    "clusterroles": ("rbac.authorization.k8s.io/v1", "ClusterRole", False),
+    "clusterrolebindings": ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding", False),
+    "daemonsets": ("apps/v1", "DaemonSet", True),
+}
 
 
 def api_version(plural):
@@ -77,6 +86,7 @@ class ApiServer:
         self.tokens = tokens  # None: anybody may ask
         self.faults = Faults()
         self.bookmark_every = bookmark_every
+        self.made = []  # objects of MADE
         self.requests = []  # (verb, plural, target)
         self.connections = set()
         self.accepted = 0
@@ -285,22 +295,37 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             return self.list(plural, query, wanted)
         self.watch(plural, query, wanted)
 
+    def do_POST(self):
+        made = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        version, kind, is_namespaced = MADE[urllib.parse.urlsplit(self.path).path.split("/")[-1]]
+        if (made["apiVersion"], made["kind"], "namespace" in made["metadata"]) != (version, kind, is_namespaced):
+            return self.answer(status(400, "BadRequest", "another kind was expected"), 400)
+        with self.api.lock:
+            self.api.made.append(made)
+        self.answer(made, 201)
+
     @staticmethod
     def discover(parts):
         if parts == ["version"]:
             return {"major": "1", "minor": "32", "gitVersion": "v1.32.0", "platform": "linux/amd64"}
         if parts == ["api"]:
             return {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}
-        if parts == ["apis"]:
-            version = {"groupVersion": "discovery.k8s.io/v1", "version": "v1"}
-            return {"kind": "APIGroupList", "apiVersion": "v1",
-                    "groups": [{"name": "discovery.k8s.io", "versions": [version], "preferredVersion": version}]}
+        resources = {}
         for plural, (_, kind) in KINDS.items():
-            prefix = ["api", "v1"] if plural == "services" else ["apis", "discovery.k8s.io", "v1"]
-            if parts == prefix:
-                return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": api_version(plural),
-                        "resources": [{"name": plural, "singularName": kind.lower(), "namespaced": True, "kind": kind,
-                                       "verbs": ["get", "list", "watch"], "shortNames": ["svc"] if kind == "Service" else []}]}
+            resources.setdefault(api_version(plural), []).append((plural, kind, True, ["get", "list", "watch"]))
+        for plural, (version, kind, is_namespaced) in MADE.items():
+            resources.setdefault(version, []).append((plural, kind, is_namespaced, ["get", "create"]))
+        if parts == ["apis"]:
+            versions = [{"groupVersion": one, "version": "v1"} for one in resources if one != "v1"]
+            return {"kind": "APIGroupList", "apiVersion": "v1",
+                    "groups": [{"name": one["groupVersion"].removesuffix("/v1"), "versions": [one], "preferredVersion": one}
+                               for one in versions]}
+        version = "/".join(parts[1:])
+        if version in resources and parts[0] == ("api" if version == "v1" else "apis"):
+            return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version,
+                    "resources": [{"name": plural, "singularName": kind.lower(), "namespaced": is_namespaced, "kind": kind,
+                                   "verbs": verbs, "shortNames": ["svc"] if kind == "Service" else []}
+                                  for plural, kind, is_namespaced, verbs in resources[version]]}
         return None
 
     def list(self, plural, query, wanted):
