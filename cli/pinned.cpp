@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <cerrno>
+#include <cstddef>
 #include <cstring>
 #include <filesystem>
 #include <system_error>
@@ -19,6 +20,8 @@ namespace {
 int keep_service(const clusterip_service_info* service, const clusterip_backend_info* backend, void* user) noexcept {
   auto& services = *static_cast<std::vector<SeenService>*>(user);
   if (backend == nullptr) {
+    // A library of ABI 1.2 does not tell.
+    const bool has_affinity = service->size > offsetof(clusterip_service_info, affinity_ms);
     services.push_back({.name = service->name,
                         .vip = service->vip,
                         .policy = service->policy,
@@ -31,6 +34,7 @@ int keep_service(const clusterip_service_info* service, const clusterip_backend_
                         .refused = service->refused,
                         .live = service->live,
                         .reversed = service->reversed,
+                        .affinity_ms = has_affinity ? service->affinity_ms : 0,
                         .backends = {}});
     services.back().backends.reserve(service->backends);
   } else {

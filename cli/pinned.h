@@ -37,6 +37,7 @@ struct SeenService {
   std::uint64_t refused = 0;
   std::uint64_t live = 0;
   std::uint64_t reversed = 0;
+  std::uint64_t affinity_ms = 0;
   std::vector<SeenBackend> backends;
 };
 

@@ -259,6 +259,7 @@ int visit_one(const plugin::ServiceStatus& status, clusterip_service_visitor vis
   info.backends = static_cast<std::uint32_t>(service.backends.size());
   info.port = service.port;
   info.protocol = std::to_underlying(service.protocol);
+  info.affinity_ms = service.affinity ? static_cast<std::uint64_t>(service.affinity->count()) : 0;
   if (const int stop = visit(&info, nullptr, user); stop != 0) {
     return stop;
   }
@@ -290,7 +291,7 @@ static_assert(std::is_standard_layout_v<clusterip_error> && std::is_standard_lay
 #if __SIZEOF_POINTER__ == 8
 static_assert(sizeof(clusterip_error) == 536 && sizeof(clusterip_options) == 32);
 static_assert(sizeof(clusterip_capabilities) == 272 && sizeof(clusterip_backend) == 32);
-static_assert(sizeof(clusterip_service_info) == 96 && sizeof(clusterip_backend_info) == 72);
+static_assert(sizeof(clusterip_service_info) == 104 && sizeof(clusterip_backend_info) == 72);
 static_assert(sizeof(clusterip_event) == 504);
 static_assert(sizeof(clusterip_resolution) == 312 && sizeof(clusterip_canary_result) == 16);
 #endif

@@ -123,6 +123,7 @@ ClusterServices cluster_services(const std::vector<cli::SeenService>& seen) {
     service.port = one.port;
     service.protocol = one.protocol == IPPROTO_UDP ? config::Protocol::udp : config::Protocol::tcp;
     service.client = config::Client::netns;
+    if (one.affinity_ms != 0) service.affinity = std::chrono::milliseconds(one.affinity_ms);
     for (const cli::SeenBackend& backend : one.backends) {
       service.backends.push_back(
           {.address = boost::asio::ip::make_address(backend.address),

@@ -26,7 +26,7 @@ struct Merged {
 /// case. `text` is what `own` was read from.
 Merged merge(const config::Config& own, std::string_view text, const ClusterServices& cluster);
 
-/// What of a fast path that an earlier process left is a cluster's. Of affinity it does not tell.
+/// What of a fast path that an earlier process left is a cluster's.
 ClusterServices cluster_services(const std::vector<cli::SeenService>& seen);
 
 /// The form that names of a cluster's services have: "namespace/name:80/tcp".

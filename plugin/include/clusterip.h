@@ -53,7 +53,7 @@ extern "C" {
 #endif
 
 #define CLUSTERIP_ABI_MAJOR 1u
-#define CLUSTERIP_ABI_MINOR 2u
+#define CLUSTERIP_ABI_MINOR 3u
 
 /* An instance of the fast path. Opaque. */
 typedef struct clusterip clusterip;
@@ -154,6 +154,8 @@ typedef struct {
 	uint8_t reserved[5];
 	uint64_t live;       /* sum over the backends */
 	uint64_t reversed;   /* addresses of backends shown as the VIP: getpeername(), and senders of datagrams */
+	/* Since ABI 1.3: */
+	uint64_t affinity_ms; /* for how long a client keeps its backend (`affinity`); 0: it does not */
 } clusterip_service_info;
 
 typedef struct {

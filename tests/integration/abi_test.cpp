@@ -21,7 +21,7 @@ static_assert(sizeof(clusterip_error) == 536);
 static_assert(sizeof(clusterip_options) == 32);
 static_assert(sizeof(clusterip_capabilities) == 272);
 static_assert(sizeof(clusterip_backend) == 32);
-static_assert(sizeof(clusterip_service_info) == 96);
+static_assert(sizeof(clusterip_service_info) == 104);
 static_assert(sizeof(clusterip_backend_info) == 72);
 static_assert(sizeof(clusterip_resolution) == 312);
 static_assert(sizeof(clusterip_canary_result) == 16);
@@ -30,6 +30,8 @@ static_assert(offsetof(clusterip_error, message) == 24);
 static_assert(offsetof(clusterip_backend_info, reversed) == 48 && offsetof(clusterip_backend_info, failures) == 56);
 static_assert(offsetof(clusterip_event, service) == 328 && offsetof(clusterip_event, backends) == 488);
 static_assert(sizeof(clusterip_event) == 504);
+// The same for ABI 1.2.
+static_assert(offsetof(clusterip_service_info, reversed) == 88 && offsetof(clusterip_service_info, affinity_ms) == 96);
 
 std::set<std::string> declared_functions() {
   const std::string header = read_text(CLUSTERIP_HEADER);

@@ -282,6 +282,7 @@ class Year(daemon_test.Stage):
             self.assertGreater(sum(answered[vip].values()), 300)
             names = {name for name, address in stage.BACKENDS.items() if address.split(":")[0] in addresses}
             self.assertLessEqual(set(answered[vip]), names)
+        self.assertEqual(len(answered[STICKY]), 1)
         wait_for("no connection counts", lambda: used(self.pin)["live"] == 0)
         self.assertEqual(used(self.pin), use)
         # What the maps still have room for shows what was lost of it.
