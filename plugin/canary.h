@@ -14,8 +14,9 @@ struct CanaryResult {
   int refuse_errno = 0;
 };
 
-/// Runs a short-lived child inside `cgroup` that connects UDP sockets to the reserved VIP. No packet is sent. Fails
-/// only when the child could not be run; what it saw is the result.
+/// Runs a short-lived child inside `cgroup` that connects UDP sockets to the reserved VIP. No packet is sent. Where it
+/// may not be moved there, what it saw counts only as a proof. Fails when the child could not be run, or has proved
+/// nothing there; what it saw is the result.
 Result<CanaryResult> run_canary(const Cgroup& cgroup);
 
 }  // namespace plugin

@@ -335,7 +335,8 @@ int clusterip_resolve(clusterip *handle, const struct sockaddr *vip, socklen_t l
 int clusterip_visit_services(clusterip *handle, clusterip_service_visitor visit, void *user, clusterip_error *reterr);
 
 /*
- * Prove that the hook is at work: a short-lived child in the cgroup connects UDP sockets (no traffic) to a reserved VIP.
+ * Prove that the hook is at work: a short-lived child in the cgroup connects UDP sockets (no traffic) to a reserved VIP. Where
+ * it may not be moved there, it does so where this process is, which has to be below that cgroup: in a container, for one.
  * 0 when the connect() was rewritten and the one to an unserved port refused; ret (may be NULL) has what was seen.
  * Errors: -ENOTCONN not attached, not rewritten, or the cgroup that was attached to is not there any more: what was attached
  * is gone, and clusterip_attach on the same handle attaches anew; -EPROTO not refused; -ESTALE the pins were removed: what serves ends
