@@ -173,6 +173,7 @@ class Elsewhere:
 ROUTES, NO_ROUTES = " && ip route show table local proto 96", (r"\A(?!.*local)",)
 BENCHMARK = "a benchmark: minutes, and figures that nobody judges"
 GUEST = "tests/systemd/scenario"
+CLUSTER, DEPLOY = "it takes a cluster; a test does the same with a pod of its own", "tests/install/deploy_test.py"
 IN_AN_INSTALLATION = Elsewhere("Install.Hosts runs them all, in order, as the document has them", "tests/install/install_test.py",
                                'run("bash", "-ec", commands')
 
@@ -295,6 +296,18 @@ BLOCKS = {
         "-ldl": IN_AN_INSTALLATION,
         "nginx/build .": IN_AN_INSTALLATION,
     },
+    "docs/kubernetes.md": {
+        "podman build -f deploy/kubernetes/Containerfile -t clusterip:0.1.0 .":
+            Elsewhere("it builds all of this anew, from packages of the network; here, the name is compared", DEPLOY, "-t {CONTAINER"),
+        "kubectl apply -f deploy/kubernetes/clusterip.yaml":
+            Elsewhere("kubectl does that with an API server of the tests", DEPLOY, '"apply", "--validate=false", "-f", MANIFESTS'),
+        "kubectl -n kube-system rollout status daemonset/clusterip": Elsewhere(CLUSTER, DEPLOY, '"it serves"'),
+        "kubectl -n kube-system exec daemonset/clusterip -- clusterip status --config /etc/clusterip/clusterip.toml":
+            Elsewhere(CLUSTER, DEPLOY, '["clusterip", "status", "--config", "/etc/clusterip/clusterip.toml"]'),
+        "kubectl -n kube-system edit configmap clusterip": Elsewhere(CLUSTER, DEPLOY, "'on_exit = \"detach\"'"),
+        "kubectl -n kube-system logs daemonset/clusterip --tail=3": Elsewhere(CLUSTER, DEPLOY, '"reloaded" in log.read_text()'),
+        "kubectl delete -f deploy/kubernetes/clusterip.yaml": Elsewhere(CLUSTER, DEPLOY, "pod.terminate()"),
+    },
     "docs/man/clusterip.1.md": {
         "clusterip check /etc/clusterip/clusterip.toml && systemctl reload clusterip":
             Elsewhere("it takes systemd", GUEST, "systemctl reload clusterip && within 30 answers $vip backend2"),
@@ -394,6 +407,8 @@ PROSE = {
         Run("empty", instead="umount /sys/fs/bpf && mount -t bpf -o mode=0700 bpf /sys/fs/bpf && stat -c %a /sys/fs/bpf",
             holds=("700$",)),
     "rm -r DIR": Run("loaded", instead=f"rm -r {PIN} && bpftool cgroup tree {TRIAL}", holds=(r"\A(?!.*sock4_connect)",)),
+    "rm -r /sys/fs/bpf/clusterip":
+        Run("loaded", instead=f"rm -r {PIN} && bpftool cgroup tree {TRIAL}", holds=(r"\A(?!.*sock4_connect)",)),
     "ss -tlnp sport = :PORT": Run("proxy", instead="ss -tlnp sport = :5201", holds=("fallback_proxy",)),
     "ss -xap 'src @clusterip/local_vips'": Run("proxy", holds=("fallback_proxy",)),
     "sudo build/ci/tests/torture/torture --publications 1000000":
