@@ -20,7 +20,7 @@ V4 = {name: f"127.0.2.{index}" for index, name in enumerate(NAMES, 1)}
 V6 = {name: f"fd01::{index}" for index, name in enumerate(NAMES, 1)}
 HTTP = {"name": "http", "port": 8080}
 REFUSED, UNSERVED = "refused", "not served"  # the latter is sent on into a network that leads nowhere
-DRAWS = 300  # enough for each of four backends to be seen
+DRAWS = 25  # at least; one of four backends that is not wanted is missed once in a thousand times
 
 
 def pod(name, conditions="R", node="there", zones=(), nodes=(), addresses=V4):
@@ -72,6 +72,7 @@ CASES = [
     Case("name and protocol of ports have to agree", DNS,
          [pods(pod("A"), ports=[{"name": "dns", "port": 8080, "protocol": "UDP"}, {"name": "dns-tcp", "port": 9090}])],
          {"udp 53": {"A8080"}, "tcp 53": {"A9090"}, "tcp 9153": REFUSED}),
+    Case("the slice's port is of another protocol", {}, [pods(pod("A"), ports=[{**HTTP, "protocol": "UDP"}])], {"tcp 80": REFUSED}),
     Case("a port of the address that no service has is refused", {}, [pods(pod("A"))], {"tcp 80": {"A8080"}, "tcp 81": REFUSED}),
     Case("both families, TCP and UDP, each by slices of its own", DUAL,
          [pods(pod("A"), ports=DUAL_PORTS), pods(pod6("B"), pod6("C"), ports=DUAL_PORTS)],
@@ -233,13 +234,11 @@ class Scenario(daemon_test.Stage):
         with self.subTest(fact, at=f"{protocol} {address}:{port}"):
             if isinstance(expected, str):
                 return self.assertEqual(reach(protocol, address, port), expected)
-            seen = set()
-            for _ in range(20 if is_one_client else DRAWS):
-                answer = reach(protocol, address, port)
-                self.assertIn(answer, expected)
-                seen.add(answer)
-                if seen == expected and not is_one_client:
-                    break
+            seen, count = set(), 0
+            while count < DRAWS or (not is_one_client and seen < expected and count < 20 * DRAWS):
+                seen.add(reach(protocol, address, port))
+                count += 1
+            self.assertLessEqual(seen, expected)
             self.assertEqual(len(seen), 1 if is_one_client else len(expected), seen)
 
     def run_cases(self, choices):
