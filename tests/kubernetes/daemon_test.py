@@ -85,7 +85,7 @@ class Stage(unittest.TestCase):
 
     def end(self, how=signal.SIGTERM):
         self.process.send_signal(how)
-        self.process.wait()
+        self.assertEqual(self.process.wait(), 0 if how == signal.SIGTERM else -how, self.log.read_text())
         self.process = None
 
     def remove(self):
