@@ -90,6 +90,15 @@ TEST(Merge, CollisionNamesBothAndTheFileWins) {
   expect_text_says_the_same(result);
 }
 
+TEST(Merge, NameOfTheFileIsTheFilesAndTheVipIsFree) {
+  const Merged result = merged({{"default/a", {service("fixed", "10.96.0.2", {})}},
+                                {"default/b", {service("default/b:80/tcp", "10.96.0.2", {})}}});
+  EXPECT_THAT(names(result), ElementsAre("fixed", "default/b:80/tcp"));
+  EXPECT_THAT(result.problems,
+              ElementsAre("service fixed of Kubernetes: a service of the file has its name: it is not served"));
+  expect_text_says_the_same(result);
+}
+
 TEST(Merge, BackendThatIsAVipIsLeftOut) {
   const Merged result =
       merged({{"default/a", {service("default/a:80/tcp", "10.96.0.1", {"10.96.200.1", "10.1.0.1"})}}});
