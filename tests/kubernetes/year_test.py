@@ -153,12 +153,14 @@ def used(pin):
                for index, value in dump(pin, "Record_Map") if value[24:32] != bytes(8)}
     keys = dump(pin, "Service_Map")
     backends = collections.Counter()
-    live = 0
+    live = []  # connections that still count: at which backend of which service, and how many
     for _, value in dump(pin, "Backend_Map"):
         state, record, count = value[18], *struct.unpack("<2I", value[24:32])
-        live += count
+        owner = records.get(record, ("of no service",))[0]
+        if count:
+            live.append((owner, state, value[:18].hex(), count))
         if state:
-            backends[(records.get(record, ("of no service",))[0], state, value[:18])] += 1
+            backends[(owner, state, value[:18])] += 1
     words = [struct.unpack("<Q", value)[0] for _, value in dump(pin, "Filter_Map")]
     bits = {64 * place + bit for place, word in enumerate(words) for bit in range(64) if word >> bit & 1}
     stale = bits - {vip_hash(key[:16]) % (64 * len(words)) for key, _ in keys}
@@ -283,8 +285,11 @@ class Year(daemon_test.Stage):
             names = {name for name, address in stage.BACKENDS.items() if address.split(":")[0] in addresses}
             self.assertLessEqual(set(answered[vip]), names)
         self.assertEqual(len(answered[STICKY]), 1)
-        wait_for("no connection counts", lambda: used(self.pin)["live"] == 0)
-        self.assertEqual(used(self.pin), use)
+        try:
+            wait_for("no connection counts", lambda: not used(self.pin)["live"])
+        except AssertionError as failure:
+            raise AssertionError(f"{failure}: {used(self.pin)['live']}") from None
+        self.assertEqual(used(self.pin), {**use, "live": []})
         # What the maps still have room for shows what was lost of it.
         for generation in range(1, 3):
             self.replace_everything(generation)
