@@ -231,6 +231,11 @@ BLOCKS = {
         "sudo tests/bench/compare/run --quick":
             Elsewhere(BENCHMARK, "tests/bench/compare/compare_test.py", 'self.start("--only", "connect", "--quick"'),
         "sudo tests/bench/compare/run --document": Elsewhere(BENCHMARK, "tests/bench/compare/run", "document.write(figures"),
+        "sudo tests/bench/compare/run --stage loopback --peers direct,userspace,haproxy,haproxy-splice,nginx --only "
+        "rate,request1024,bulk1,bulk8,idle,listeners":
+            Elsewhere(BENCHMARK, "tests/bench/compare/main.cpp", "\"veth|loopback\""),
+        "sudo CLUSTERIP_SOURCE=. CLUSTERIP_BUILD=build/release tests/bench/kubernetes.py":
+            Elsewhere(BENCHMARK, "tests/bench/kubernetes.py", "tests/bench/kubernetes.py [SERVICES ENDPOINTS SECONDS]"),
         "cmake --preset release && cmake --build --preset release --target bench_cost":
             Run("empty", holds=("target bench_cost",)),
         "sudo build/release/tests/bench/bench_cost":
@@ -413,8 +418,6 @@ PROSE = {
     "ss -xap 'src @clusterip/local_vips'": Run("proxy", holds=("fallback_proxy",)),
     "sudo build/ci/tests/torture/torture --publications 1000000":
         Elsewhere("a million takes minutes; ctest runs it with fewer", "tests/torture/CMakeLists.txt", "--publications"),
-    "sudo tests/bench/compare/run --stage loopback --peers direct,userspace,haproxy,haproxy-splice,nginx":
-        Elsewhere(BENCHMARK, "tests/bench/compare/main.cpp", "\"veth|loopback\""),
     "sudo clusterip status": Run("loaded", holds=("^SERVICE",)),
     "sudo clusterip unload": Run("loaded", holds=("^unloaded",)),
     "sudo clusterip unload --pin DIR": Run("loaded", instead=f"sudo clusterip unload --pin {PIN}", holds=("^unloaded",)),
