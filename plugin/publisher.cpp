@@ -5,6 +5,7 @@
 #include <atomic>
 #include <boost/unordered/unordered_flat_set.hpp>
 #include <cerrno>
+#include <cstddef>
 #include <cstring>
 #include <ctime>
 #include <map>
@@ -49,6 +50,17 @@ bool same_service(const config::Service& a, const config::Service& b) {
   };
   return a.name == b.name && std::memcmp(&a_header, &b_header, sizeof a_header) == 0 && same_eject() &&
          std::ranges::equal(a.backends, b.backends, same_backend);
+}
+
+/// Gives an index that no slot names to another backend. Not `live`: a connect() counts itself at its SYN, which may be
+/// later than a grace period after a program has chosen for it, and by then the index may be free or another's. What it
+/// adds it takes away again.
+void write_backend(const backend_record& next, backend_record& at) {
+  constexpr std::size_t live = offsetof(backend_record, live);
+  constexpr std::size_t behind = live + sizeof next.live;
+  std::memcpy(&at, &next, live);
+  std::memcpy(reinterpret_cast<std::byte*>(&at) + behind, reinterpret_cast<const std::byte*>(&next) + behind,
+              sizeof next - behind);
 }
 
 std::vector<PublishedService> read_once(const Maps& maps) {
@@ -519,7 +531,7 @@ Result<void> Publisher::stage(config::Service& service, Staged& staged) {
       next.backends.push_back(found->second);
       before.erase(found);
       if (previous == nullptr) {
-        maps_->backends()[next.backends.back()] = encode_backend(backend, next.record);
+        write_backend(encode_backend(backend, next.record), maps_->backends()[next.backends.back()]);
         copy_ejection(before_->maps_->backends()[next.backends.back()], maps_->backends()[next.backends.back()]);
       }
       continue;
@@ -530,7 +542,7 @@ Result<void> Publisher::stage(config::Service& service, Staged& staged) {
     }
     staged.fresh.push_back(*index);
     next.backends.push_back(*index);
-    maps_->backends()[*index] = encode_backend(backend, next.record);
+    write_backend(encode_backend(backend, next.record), maps_->backends()[*index]);
     maps_->backends()[*index].state = BACKEND_UNUSED;  // until it is published
     maps_->clear_counters(maps_->backend_stats(*index));
   }

@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "bpf/map_layout.h"
+#include "tests/support/bpf_objects.h"
 #include "tests/support/fixture.h"
 #include "tests/support/tcp.h"
 
@@ -329,6 +331,39 @@ TEST_F(Session, IndexOfABackendThatLeftIsNobodyElsesWhileConnectionsCountThere) 
     for (int i = 0; i < 8; ++i) held.push_back(dial("10.96.0.1", 80));
     ASSERT_EQ(handle.visit().at(0).live, 8u) << "the end of another's connection was counted";
   }
+}
+
+TEST_F(Session, ConnectThatCountsWhenItsBackendHasLongLeftTakesAwayWhatItAdds) {
+  const auto backends = [](std::uint32_t round) {
+    const std::string network = "127." + std::to_string(1 + round / 250) + "." + std::to_string(round % 250);
+    return std::vector<Backend>{{network + ".1", 80}, {network + ".2", 80}};
+  };
+  Handle handle = serve(toml({{"web", "10.96.0.1", 80, backends(0)}}, {8, 16}), pinned());
+  const Fd map = pinned_map(pin(), "Backend_Map");
+  const std::uint32_t indices = 2 * read_element<meta_record>(pinned_map(pin(), "Meta_Map"), 0).backends;
+  const auto record = [&map](std::uint32_t index) { return read_element<backend_record>(map, index); };
+  const auto change_by = [&](std::uint32_t index, std::uint32_t difference) {
+    auto changed = record(index);
+    changed.live += difference;
+    write_element(map, index, changed);
+  };
+  std::uint32_t round = 1;
+  while (round < indices) ASSERT_TRUE(ok(handle.set_backends("web", backends(round++))));  // each was used, and left
+  // A connect() was between its two programs all that time. It counts at an index that is nobody's now,
+  std::set<std::uint32_t> late;
+  for (std::uint32_t index = 0; index < indices; ++index)
+    if (record(index).state == BACKEND_UNUSED) late.insert(index);
+  for (const std::uint32_t index : late) change_by(index, 1);
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(ok(handle.set_backends("web", backends(round++))));
+  // and ends when it is another's.
+  int used_again = 0;
+  for (const std::uint32_t index : late) {
+    used_again += record(index).state == BACKEND_ACTIVE;
+    change_by(index, ~0u);
+    EXPECT_EQ(record(index).live, 0u) << index;
+  }
+  EXPECT_GT(used_again, 0) << "the test has no effect";
+  EXPECT_TRUE(ok(handle.detach()));
 }
 
 }  // namespace
