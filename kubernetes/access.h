@@ -30,8 +30,8 @@ struct Access {
   std::string path;  // before "/api"; empty, or begins with a slash and does not end with one
   bool is_tls = true;
   std::string server_name;  // that the certificate is for; empty: the host
-  std::string ca;           // PEM; empty: the system's authorities
-  std::string ca_source;    // where it comes from, for messages
+  std::string ca;           // PEM
+  std::string ca_source;    // where it comes from; empty: the system's authorities
   std::string certificate;  // PEM, of the client; empty: none
   std::string key;
   std::string token;       // empty: none, or one of the others

@@ -159,7 +159,7 @@ class Connection {
     if (verdict != X509_V_OK)
       co_return fmt::format("its certificate is not trusted: {} (authorities: {})",
                             X509_verify_cert_error_string(verdict),
-                            access.ca.empty() ? "the system's" : config::printable(access.ca_source));
+                            access.ca_source.empty() ? "the system's" : config::printable(access.ca_source));
     co_return "TLS: " + what(error);
   }
 
@@ -287,8 +287,10 @@ class Watcher final : public Client {
     SSL_CTX_set_min_proto_version(tls_->native_handle(), TLS1_2_VERSION);
     tls_->set_verify_mode(ssl::verify_peer);
     error_code error;
-    if (access_.ca.empty())
+    if (access_.ca_source.empty())
       tls_->set_default_verify_paths(error);
+    else if (access_.ca.empty())  // no others instead of those that were asked for
+      error = make_error_code(boost::system::errc::no_message);
     else
       tls_->add_certificate_authority(asio::buffer(access_.ca), error);
     if (error)

@@ -6,9 +6,12 @@
 #include <algorithm>
 #include <boost/asio/steady_timer.hpp>
 #include <chrono>
+#include <set>
 #include <string>
 #include <utility>
 
+#include "config/printable.h"
+#include "config/values.h"
 #include "kubernetes/source.h"
 
 namespace run {
@@ -35,6 +38,7 @@ class KubernetesCluster : public Cluster {
       : handlers_(std::move(handlers)), services_(std::move(kept)), timer_(io) {}
 
   config::Result<void> follow(boost::asio::io_context& io, const config::Kubernetes& choices);
+  void leave_out_the_server(std::vector<config::Service>& services);
   [[nodiscard]] const ClusterServices& services() const override { return services_; }
   void merge_soon() override;
   [[nodiscard]] ClusterStatus status() const override;
@@ -48,6 +52,7 @@ class KubernetesCluster : public Cluster {
   Clock::time_point next_merge_;  // not before
   bool is_merge_due_ = false;
   bool is_listed_ = false;
+  bool has_told_of_the_server_ = false;
   std::unique_ptr<kubernetes::Source> source_;
 };
 
@@ -61,15 +66,33 @@ config::Result<void> KubernetesCluster::follow(boost::asio::io_context& io, cons
            }});
   if (!source) return std::unexpected(source.error());
   source_ = std::move(*source);
+  for (auto& [name, services] : services_) leave_out_the_server(services);
   return {};
+}
+
+/// A service by which this process itself reaches the API server is somebody else's: with backends that have moved,
+/// there would be no way to learn where they are.
+void KubernetesCluster::leave_out_the_server(std::vector<config::Service>& services) {
+  const std::string server = source_->status().server;
+  const auto is_server = [&server](const config::Service& service) {
+    return service.protocol == config::Protocol::tcp &&
+           server.ends_with("://" + config::to_text(service.vip, service.port));
+  };
+  const auto found = std::ranges::find_if(services, is_server);
+  if (found == services.end()) return;
+  if (!std::exchange(has_told_of_the_server_, true))
+    spdlog::warn("kubernetes: service {} is how {} is reached: it is not served, but left to kube-proxy",
+                 config::printable(found->name), server);
+  std::erase_if(services, is_server);
 }
 
 void KubernetesCluster::change(std::vector<kubernetes::Change> changes) {
   bool has_new_shape = !is_listed_;
   // What was kept and is not in the list is gone.
   if (!std::exchange(is_listed_, true)) services_.clear();
-  std::vector<const config::Service*> changed;
+  std::set<std::pair<std::string, std::size_t>> places;  // not pointers: a server that lies may tell of one twice
   for (kubernetes::Change& change : changes) {
+    leave_out_the_server(change.services);
     if (change.services.empty()) {
       has_new_shape = services_.erase(change.name) != 0 || has_new_shape;
       continue;
@@ -81,7 +104,12 @@ void KubernetesCluster::change(std::vector<kubernetes::Change> changes) {
       continue;
     }
     for (std::size_t i = 0; i < services.size(); ++i)
-      if (services[i].backends != before[i].backends) changed.push_back(&services[i]);
+      if (services[i].backends != before[i].backends) places.emplace(change.name, i);
+  }
+  std::vector<const config::Service*> changed;
+  for (const auto& [name, i] : places) {
+    const auto found = services_.find(name);
+    if (found != services_.end() && i < found->second.size()) changed.push_back(&found->second[i]);
   }
   if (!changed.empty()) handlers_.set_backends(changed);
   if (has_new_shape) merge_soon();

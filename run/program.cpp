@@ -217,10 +217,13 @@ class Program {
     return {};
   }
 
-  Source with_cluster(Source own) const {
+  Source with_cluster(Source own) {
     if (!cluster_) return own;
     Merged merged = merge(own.config, own.text, cluster_->services());
-    for (const std::string& problem : merged.problems) spdlog::error("{}", problem);
+    std::set<std::string> problems(merged.problems.begin(), merged.problems.end());
+    for (const std::string& problem : problems)
+      if (!merge_problems_.contains(problem)) spdlog::error("{}", problem);
+    merge_problems_ = std::move(problems);
     return {.text = std::move(own.text),
             .config = std::move(merged.config),
             .own_services = own.own_services,
@@ -895,7 +898,8 @@ class Program {
   std::size_t own_services_ = 0;                                  // of config_, the file's; then the cluster's
   std::unordered_map<std::string, std::size_t> by_cluster_name_;  // of config_.services
   std::set<std::tuple<config::Address, std::uint16_t, config::Protocol>> vips_;
-  std::size_t backends_ = 0;  // of all services
+  std::size_t backends_ = 0;              // of all services
+  std::set<std::string> merge_problems_;  // of the last merge: who has read of one need not again
   Reloads reloads_;
   std::optional<cli::Canary> canary_;
   bool has_told_of_canary_ = false;  // that it fails

@@ -65,6 +65,7 @@ class Faults:
     """What goes wrong. A test sets them."""
 
     def __init__(self):
+        self.every_namespace = False  # whichever was asked for
         self.cut_after = None  # a function: bytes until a connection is cut, or None
         self.expire = lambda: False  # asked before each batch of events: does the watch end with 410?
         self.shuffle = False  # events come twice, and in another order
@@ -283,7 +284,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         selector = query.get("labelSelector", "")
 
         def wanted(key, value):
-            return (namespace is None or key[0] == namespace) and (not selector or matches(selector, value))
+            return (namespace is None or api.faults.every_namespace or key[0] == namespace) and (not selector or matches(selector, value))
 
         if verb == "get":
             with api.lock:

@@ -156,6 +156,37 @@ class Scenario(Stage):
                  "of the file, line 8: it is not served" in self.log.read_text())
         self.come_from(STATIC, "backend3")
 
+    def test_the_service_by_which_the_api_server_is_reached_is_left_alone(self):
+        self.api.put("services", service("web", 0))
+        self.api.put("services", {**service("kubernetes", 1), "spec": {**service("kubernetes", 1)["spec"], "clusterIP": "127.0.0.1",
+                                                                       "ports": [{"port": self.api.port, "protocol": "TCP"}]}})
+        self.api.put("endpointslices", slice_of("web", [ONE]))
+        self.api.put("endpointslices", slice_of("kubernetes", [TWO]))
+        self.start()
+        self.come_from("10.96.0.1", "backend1")
+        self.assertEqual(sorted(one["name"] for one in self.status()["services"]), ["default/web:80/tcp", "fixed"])
+        self.assertIn(f"kubernetes: service default/kubernetes:{self.api.port}/tcp is how {self.api.url} is reached: it is not served",
+                      self.log.read_text())
+
+    def test_a_server_that_sends_what_was_not_asked_for_does_no_harm(self):
+        self.file.write_text(self.file.read_text().replace('node = "here"', 'node = "here"\nnamespaces = ["default", "other"]'))
+        self.api.faults.every_namespace = True
+        self.api.put("services", service("web", 0))
+        self.api.put("endpointslices", slice_of("web", [ONE]))
+        self.start()
+        self.come_from("10.96.0.1", "backend1")
+        for pods in ([TWO], [ONE, TWO], [ONE]):
+            self.api.put("endpointslices", slice_of("web", pods))
+            self.come_from("10.96.0.1", *(f"backend{(ONE, TWO).index(pod) + 1}" for pod in pods))
+
+    def test_what_is_left_out_is_told_once(self):
+        self.api.put("services", service("thief", 200 * 250))  # the file's VIP
+        self.start()
+        for number in range(1, 6):
+            self.api.put("services", service("web", number))
+            wait_for("a merge", lambda: self.status()["services"][-1]["vip"] == service("web", number)["spec"]["clusterIP"])
+        self.assertEqual(self.log.read_text().count("service default/thief:80/tcp of Kubernetes"), 1)
+
     def test_without_the_api_server_the_last_state_serves_on_and_a_restart_keeps_it(self):
         self.api.put("services", service("web", 0))
         self.api.put("services", service("gone", 1))

@@ -394,6 +394,14 @@ class Authorities(Stage):
     def file(self, name):
         return self.directory / name
 
+    def test_a_file_of_authorities_without_one_is_refused(self):
+        server = self.serve(tls=self.tls("server"))
+        for content in ("", "junk"):
+            self.file("empty.crt").write_text(content)
+            watch = self.watch(server=server.url, ca_file=self.file("empty.crt"))
+            watch.wait("a refusal", lambda: watch.failure)
+            self.assertIn("empty.crt: expected certificates in PEM form", watch.failure)
+
     def test_tokens_are_read_again_when_they_are_rotated(self):
         server = self.serve(tls=self.tls("server"), tokens={"first"})
         server.put("services", service("web", 1))
