@@ -244,9 +244,10 @@ int main(int argc, char** argv) {
     if (!given.contains("rounds")) choice.rounds = quick ? 2 : 5;
     if (!given.contains("turns")) choice.options.turns = quick ? 8 : 20;
     if (!given.contains("seconds")) seconds = quick ? 0.1 : 0.4;
-    if (choice.rounds == 0 || choice.options.turns == 0 || choice.options.threads == 0 ||
+    const auto is_number = [](std::size_t value) { return value >= 1 && value <= 1000; };  // -1 is read as a large one
+    if (!is_number(choice.rounds) || !is_number(choice.options.turns) || !is_number(choice.options.threads) ||
         !(seconds > 0 && seconds <= 60))
-      throw po::error("at least one round, turn and thread, and at most 60 seconds");
+      throw po::error("1 to 1000 rounds, turns and threads, and at most 60 seconds");
     if (choice.stage != "veth" && choice.stage != "loopback") throw po::error("a stage is veth or loopback");
     choice.options.seconds = std::chrono::duration<double>(seconds);
     choice.measures = split(only);

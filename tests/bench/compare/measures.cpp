@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
@@ -72,6 +73,19 @@ double quantile(std::vector<double>& values, double share) {
   return *at;
 }
 
+/// For clients of one thread: CPUs may differ for seconds, as a hypervisor likes. Only for the calling thread, so that
+/// proxies that were started before run where they like.
+void stay_on_one_cpu() {
+  cpu_set_t all;
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  support::checked(::sched_getaffinity(0, sizeof all, &all), "sched_getaffinity");
+  int last = CPU_SETSIZE - 1;
+  while (CPU_ISSET(last, &all) == 0) --last;
+  CPU_SET(last, &one);
+  support::checked(::sched_setaffinity(0, sizeof one, &one), "sched_setaffinity");
+}
+
 /// A peer at work on a stage, and who is behind it: either a server, or a listener that the client itself serves.
 struct Scene {
   std::unique_ptr<Server> server;
@@ -105,6 +119,7 @@ enum class Towards { services, bystanders };
 Stage::Turn connections(const Peer& peer, const Options& options, const Place& place, const Task& task,
                         Towards towards) {
   const auto scene = make_scene(peer, place, task, nullptr);
+  stay_on_one_cpu();
   const std::size_t calls = options.quick ? 100 : 250;
   const bool to_backends = peer.is_direct() || towards == Towards::bystanders;
   const std::uint32_t all_backends = task.services * task.backends;
@@ -191,6 +206,7 @@ Measure requests(std::size_t size) {
       .name = fmt::format("request{}", size),
       .title = fmt::format("request and reply of {} byte{} on {} connections", size, size > 1 ? "s" : "", in_flight),
       .columns = {{"k/s", 1}, {"CPU us, of all", 2}, {"CPU us, of the proxy", 2}},
+      .turns = Turns::some,
       .set_up = [size](const Peer& peer, const Options& options, const Place& place) {
         return under_load(peer, options, place, Behaviour::echo, {.rate = 1e-3, .cost = 1e6},
                           [size](const sockaddr_in& there, const Schedule& schedule) {
@@ -217,6 +233,7 @@ Measure short_connections() {
 Stage::Turn datagrams(const Peer& peer, const Options& options, const Place& place, Towards towards) {
   const Behaviour behaviour = Behaviour::datagrams;
   const auto scene = make_scene(peer, place, {.udp = true, .threads = options.threads}, &behaviour);
+  stay_on_one_cpu();
   const bool to_backend = peer.is_direct() || towards == Towards::bystanders;
   return [scene, to_backend] {
     constexpr std::size_t batch = 16;  // fits into any receive buffer
@@ -389,11 +406,13 @@ std::vector<Measure> make_measures() {
   all.push_back({.name = "idle",
                  .title = fmt::format("{} idle connections, what each leaves", idle_connections),
                  .columns = {{"RSS of the proxy, KiB", 2}, {"entries of conntrack", 2}},
+                 .turns = Turns::one,
                  .for_quick = false,
                  .set_up = idle});
   all.push_back({.name = "listeners",
                  .title = fmt::format("{} VIPs", listeners),
                  .columns = {{"ready after, s", 2}, {"PSS, MiB", 1}},
+                 .turns = Turns::one,
                  .for_quick = false,
                  .possible = [](const Peer& peer) { return peer.proxy; },
                  .set_up = many_listeners});
@@ -402,6 +421,7 @@ std::vector<Measure> make_measures() {
         {.name = fmt::format("update-{}", services),
          .title = fmt::format("one of {} services gets another backend", thousands(services)),
          .columns = {{"call p50, us", 0}, {"in use p50, us", 0}, {"in use max, us", 0}, {"CPU us", 0}},
+         .turns = Turns::one,
          .for_quick = services == 10,
          .possible = [services](const Peer& peer) { return peer.replaces && services <= peer.most_services; },
          .set_up = [services](const Peer& peer, const Options& options,
@@ -413,6 +433,7 @@ std::vector<Measure> make_measures() {
         {.name = fmt::format("start-{}", services),
          .title = fmt::format("start with {} services of 10 backends", thousands(services)),
          .columns = {{"s", 2}, {"peak RSS, MiB", 0}, {"CPU s", 2}},
+         .turns = Turns::one,
          .for_quick = false,
          .possible =
              [task](const Peer& peer) { return peer.start_up && task.services * task.backends <= peer.most_backends; },

@@ -35,7 +35,7 @@ struct Measure {
   std::string name;  // what is before a dash names a group of measures
   std::string title;
   std::vector<Column> columns;
-  Turns turns = Turns::one;
+  Turns turns;
   bool for_quick = true;  // takes part when time is short
   std::function<bool(const Peer&)> possible = [](const Peer&) { return true; };
   /// Called on a stage of its own, once a round.
