@@ -81,8 +81,11 @@ void KubernetesCluster::leave_out_the_server(std::vector<config::Service>& servi
   const auto found = std::ranges::find_if(services, is_server);
   if (found == services.end()) return;
   if (!std::exchange(has_told_of_the_server_, true))
-    spdlog::warn("kubernetes: service {} is how {} is reached: it is not served, but left to kube-proxy",
-                 config::printable(found->name), server);
+    spdlog::warn(
+        "kubernetes: service {} is how {} is reached: it is not served, but left to kube-proxy; to have it served, "
+        "give "
+        "kubernetes.server the API server's own address",
+        config::printable(found->name), server);
   std::erase_if(services, is_server);
 }
 
