@@ -928,6 +928,14 @@ class Program {
   bool is_ending_ = false;
 };
 
+/// The end has begun: a signal more must not become one that kills, as it would once nobody handles it any more.
+void block_signals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  for (const int signal : {SIGHUP, SIGTERM, SIGINT}) sigaddset(&signals, signal);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+}
+
 }  // namespace
 
 std::optional<std::string> control_path(const std::string& file) {
@@ -944,6 +952,7 @@ cli::Outcome serve(const Settings& settings, const cli::Plugin* plugin, const st
     Program program(settings, plugin, no_plugin, source->config);
     if (auto started = program.start(std::move(*source)); !started) return std::unexpected(started.error());
     program.run();
+    block_signals();
     program.leave();
   }
   spdlog::info("ended");

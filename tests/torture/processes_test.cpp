@@ -240,6 +240,20 @@ TEST_F(TortureProcesses, ProxyThatIsKilledInAHandOverLeavesOneThatServesOrRoomFo
   EXPECT_EQ(last.terminate().exit_code, fine);
 }
 
+TEST_F(TortureProcesses, SignalsUntilTheVeryEndChangeNoExitCode) {
+  const auto made = std::make_shared<FallbackProxy::Files>();
+  made->write(proxy_toml({{"web", proxied_vip, vip_port, {backend(one_)}}}));
+  for (int round = 0; round < times(80); ++round) {
+    FallbackProxy proxy(made);
+    proxy.signal(SIGTERM);
+    proxy.wait_for_log("accepting nothing more");
+    // Until it is gone, and no longer than what is in one moment.
+    for (int sent = 0; sent < 4000 && ::kill(proxy.pid(), SIGTERM) == 0; ++sent) {
+    }
+    ASSERT_EQ(proxy.wait().exit_code, fine) << "in round " << round;
+  }
+}
+
 TEST_F(TortureProcesses, EightThreadsOpenAndCloseThePlugin) {
   constexpr int threads = 8;
   const std::string text = toml({web({backend(one_)})}, {16, 16});
