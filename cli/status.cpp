@@ -58,7 +58,10 @@ Outcome run(const Plugin& plugin, const Given& given) {
       fmt::print("{}", run::to_text(*status, wants_colour(stdout)));
     const auto* canary = status->if_contains("canary");
     const bool has_failed = canary != nullptr && canary->is_object() && !canary->as_object().at("passed").as_bool();
-    return has_failed ? Exit::failed : Exit::fine;
+    const auto* cluster = status->if_contains("kubernetes");
+    const bool is_to_come =
+        cluster != nullptr && cluster->is_object() && !cluster->as_object().at("complete").as_bool();
+    return has_failed || is_to_come ? Exit::failed : Exit::fine;
   } catch (const boost::system::system_error& error) {
     return std::unexpected(Failure{
         .message = fmt::format("the daemon has answered what this version does not understand: {}", error.what())});

@@ -21,6 +21,9 @@ using Clock = std::chrono::steady_clock;
 using namespace std::chrono_literals;
 
 constexpr auto retry_time = 5s;  // when a merge has failed
+// When the way to the API server is not known: a file may come later, as a mounted secret does.
+constexpr auto first_opening_pause = 1s;
+constexpr auto last_opening_pause = 30s;
 // A merge costs what all services cost: it may take a quarter of the time.
 constexpr int rest_factor = 3;
 
@@ -34,11 +37,17 @@ bool have_same_shape(const std::vector<config::Service>& before, const std::vect
 
 class KubernetesCluster : public Cluster {
  public:
-  KubernetesCluster(boost::asio::io_context& io, ClusterServices kept, Handlers handlers)
-      : handlers_(std::move(handlers)), services_(std::move(kept)), timer_(io) {}
+  KubernetesCluster(boost::asio::io_context& io, const config::Kubernetes& choices, ClusterServices kept,
+                    Handlers handlers)
+      : io_(io),
+        choices_(choices),
+        handlers_(std::move(handlers)),
+        services_(std::move(kept)),
+        timer_(io),
+        opening_timer_(io) {}
 
-  config::Result<void> follow(boost::asio::io_context& io, const config::Kubernetes& choices);
-  void leave_out_the_server(std::vector<config::Service>& services);
+  void open();
+  bool leave_out_the_server(std::vector<config::Service>& services);
   [[nodiscard]] const ClusterServices& services() const override { return services_; }
   void merge_soon() override;
   [[nodiscard]] ClusterStatus status() const override;
@@ -46,9 +55,14 @@ class KubernetesCluster : public Cluster {
  private:
   void change(std::vector<kubernetes::Change> changes);
 
+  boost::asio::io_context& io_;
+  const config::Kubernetes choices_;
   const Handlers handlers_;
   ClusterServices services_;
   boost::asio::steady_timer timer_;
+  boost::asio::steady_timer opening_timer_;
+  Clock::duration opening_pause_ = first_opening_pause;
+  std::string opening_problem_;
   Clock::time_point next_merge_;  // not before
   bool is_merge_due_ = false;
   bool is_listed_ = false;
@@ -56,30 +70,43 @@ class KubernetesCluster : public Cluster {
   std::unique_ptr<kubernetes::Source> source_;
 };
 
-config::Result<void> KubernetesCluster::follow(boost::asio::io_context& io, const config::Kubernetes& choices) {
+/// Again and again, until it is known where the API server is, and who asks it.
+void KubernetesCluster::open() {
   auto source = kubernetes::Source::create(
-      io, choices, kubernetes::Pace{},
+      io_, choices_, kubernetes::Pace{},
       {.changed = [this](std::vector<kubernetes::Change> changes) { change(std::move(changes)); },
        .tell =
            [](bool is_error, const std::string& line) {
              spdlog::log(is_error ? spdlog::level::err : spdlog::level::info, "{}", line);
            }});
-  if (!source) return std::unexpected(source.error());
-  source_ = std::move(*source);
-  for (auto& [name, services] : services_) leave_out_the_server(services);
-  return {};
+  if (source) {
+    source_ = std::move(*source);
+    for (auto& [name, services] : services_) {
+      // Not at the first time: nothing was merged yet.
+      if (leave_out_the_server(services) && !opening_problem_.empty()) merge_soon();
+    }
+    opening_problem_.clear();
+    return;
+  }
+  if (std::exchange(opening_problem_, source.error().message) != source.error().message)
+    spdlog::error("kubernetes: {}: no service of the cluster comes or goes until that is mended", opening_problem_);
+  opening_timer_.expires_after(opening_pause_);
+  opening_timer_.async_wait([this](const boost::system::error_code& cancelled) {
+    if (!cancelled) open();
+  });
+  opening_pause_ = std::min<Clock::duration>(2 * opening_pause_, last_opening_pause);
 }
 
 /// A service by which this process itself reaches the API server is somebody else's: with backends that have moved,
-/// there would be no way to learn where they are.
-void KubernetesCluster::leave_out_the_server(std::vector<config::Service>& services) {
+/// there would be no way to learn where they are. True when it was there.
+bool KubernetesCluster::leave_out_the_server(std::vector<config::Service>& services) {
   const std::string server = source_->status().server;
   const auto is_server = [&server](const config::Service& service) {
     return service.protocol == config::Protocol::tcp &&
            server.ends_with("://" + config::to_text(service.vip, service.port));
   };
   const auto found = std::ranges::find_if(services, is_server);
-  if (found == services.end()) return;
+  if (found == services.end()) return false;
   if (!std::exchange(has_told_of_the_server_, true))
     spdlog::warn(
         "kubernetes: service {} is how {} is reached: it is not served, but left to kube-proxy; to have it served, "
@@ -87,6 +114,7 @@ void KubernetesCluster::leave_out_the_server(std::vector<config::Service>& servi
         "kubernetes.server the API server's own address",
         config::printable(found->name), server);
   std::erase_if(services, is_server);
+  return true;
 }
 
 void KubernetesCluster::change(std::vector<kubernetes::Change> changes) {
@@ -133,6 +161,7 @@ void KubernetesCluster::merge_soon() {
 }
 
 ClusterStatus KubernetesCluster::status() const {
+  if (!source_) return {.server = {}, .problem = opening_problem_};
   const kubernetes::SourceStatus seen = source_->status();
   const auto age = seen.is_current ? 0s : Clock::now() - seen.last_current;
   return {.server = seen.server,
@@ -149,11 +178,10 @@ ClusterStatus KubernetesCluster::status() const {
 
 }  // namespace
 
-config::Result<std::unique_ptr<Cluster>> follow_kubernetes(boost::asio::io_context& io,
-                                                           const config::Kubernetes& choices, ClusterServices kept,
-                                                           Cluster::Handlers handlers) {
-  auto cluster = std::make_unique<KubernetesCluster>(io, std::move(kept), std::move(handlers));
-  if (auto followed = cluster->follow(io, choices); !followed) return std::unexpected(followed.error());
+std::unique_ptr<Cluster> follow_kubernetes(boost::asio::io_context& io, const config::Kubernetes& choices,
+                                           ClusterServices kept, Cluster::Handlers handlers) {
+  auto cluster = std::make_unique<KubernetesCluster>(io, choices, std::move(kept), std::move(handlers));
+  cluster->open();
   return cluster;
 }
 

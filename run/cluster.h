@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "config/config.h"
-#include "config/result.h"
 #include "run/merge.h"
 #include "run/status.h"
 
@@ -34,13 +33,11 @@ class Cluster {
 };
 
 /// `kept`: what served before this process, until all was listed. The cluster has to live until `io` runs no more.
-using FollowCluster = config::Result<std::unique_ptr<Cluster>> (*)(boost::asio::io_context& io,
-                                                                   const config::Kubernetes& choices,
-                                                                   ClusterServices kept, Cluster::Handlers handlers);
+using FollowCluster = std::unique_ptr<Cluster> (*)(boost::asio::io_context& io, const config::Kubernetes& choices,
+                                                   ClusterServices kept, Cluster::Handlers handlers);
 
-/// What [kubernetes] asks for.
-config::Result<std::unique_ptr<Cluster>> follow_kubernetes(boost::asio::io_context& io,
-                                                           const config::Kubernetes& choices, ClusterServices kept,
-                                                           Cluster::Handlers handlers);
+/// What [kubernetes] asks for. A file that it names and that is missing or has a mistake is told of, and tried again.
+std::unique_ptr<Cluster> follow_kubernetes(boost::asio::io_context& io, const config::Kubernetes& choices,
+                                           ClusterServices kept, Cluster::Handlers handlers);
 
 }  // namespace run

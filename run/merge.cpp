@@ -10,6 +10,8 @@
 #include <iterator>
 #include <set>
 #include <tuple>
+#include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "config/names.h"
@@ -47,6 +49,113 @@ std::string endpoint(const config::Service& service) {
                      config::name_of(config::protocol_names, service.protocol));
 }
 
+/// A service of the cluster that wants to be served.
+struct Candidate {
+  const config::Service* service = nullptr;
+  std::string_view space;  // the namespace
+  bool is_external = false;
+  bool serves = false;    // already
+  std::size_t share = 0;  // of its namespace's services and backends, up to it
+  std::string problem;    // why it is not to be served
+};
+
+/// A ClusterIP is the cluster's to give; an external address is what somebody has written down.
+bool is_external(std::string_view name) {
+  const std::size_t at = name.find('@');
+  return at != std::string_view::npos && name.substr(at) != "@ipv4" && name.substr(at) != "@ipv6";
+}
+
+std::vector<Candidate> candidates_of(const ClusterServices& cluster, std::span<const config::Service> serving) {
+  std::unordered_set<std::string_view> names;
+  for (const config::Service& service : serving) names.insert(service.name);
+  std::vector<Candidate> candidates;
+  for (const auto& [name, services] : cluster) {
+    for (const config::Service& service : services)
+      candidates.push_back({.service = &service,
+                            .space = std::string_view(name).substr(0, name.find('/')),
+                            .is_external = is_external(service.name),
+                            .serves = names.contains(service.name),
+                            .problem = {}});
+  }
+  return candidates;
+}
+
+/// In an order of their own, those which have no problem.
+std::vector<Candidate*> sorted(std::vector<Candidate>& candidates, auto key) {
+  std::vector<Candidate*> order;
+  for (Candidate& candidate : candidates)
+    if (candidate.problem.empty()) order.push_back(&candidate);
+  std::ranges::stable_sort(order, {}, [&](const Candidate* candidate) { return key(*candidate); });
+  return order;
+}
+
+/// Who has which VIP: the file, then ClusterIPs, then external addresses; of equals, who serves, then the first by
+/// name. An external address takes nobody's endpoints either. Returns the owners, in words.
+std::map<Key, std::string> give_vips(const config::Config& own, const ClusterServices& cluster,
+                                     std::vector<Candidate>& candidates) {
+  std::map<Key, std::string> taken;
+  std::map<Key, std::string> endpoints;  // that no service may have as its VIP
+  std::set<std::string_view> names;
+  for (const config::Service& service : own.services) {
+    const std::string of =
+        fmt::format("service {} of the file, line {}", config::printable(service.name), service.position.line);
+    taken.emplace(key_of(service), of);
+    for (const config::Backend& backend : service.backends)
+      endpoints.try_emplace({backend.address, backend.port, service.protocol}, of);
+    names.insert(service.name);
+  }
+  const auto give = [&](Candidate& candidate) {
+    const config::Service& service = *candidate.service;
+    if (names.contains(service.name)) {
+      candidate.problem = "a service of the file has its name";
+    } else if (const auto found = endpoints.find(key_of(service)); found != endpoints.end()) {
+      candidate.problem = fmt::format("its vip {} is a backend of {}", endpoint(service), found->second);
+    } else {
+      const auto [owner, is_free] =
+          taken.try_emplace(key_of(service), fmt::format("service {} of Kubernetes", service.name));
+      if (!is_free) candidate.problem = fmt::format("its vip {} is that of {}", endpoint(service), owner->second);
+    }
+  };
+  const auto order = sorted(candidates, [](const Candidate& one) { return std::pair(one.is_external, !one.serves); });
+  const auto external = std::ranges::find_if(order, &Candidate::is_external);
+  std::for_each(order.begin(), external, [&](Candidate* candidate) { give(*candidate); });
+  if (external == order.end()) return taken;
+  for (const auto& [name, services] : cluster) {
+    for (const config::Service& service : services) {
+      for (const config::Backend& backend : service.backends)
+        endpoints.try_emplace({backend.address, backend.port, service.protocol},
+                              fmt::format("service {} of Kubernetes", service.name));
+    }
+  }
+  std::for_each(external, order.end(), [&](Candidate* candidate) { give(*candidate); });
+  return taken;
+}
+
+/// What serves stays. Then namespaces come in turns, by what of theirs came before: no matter how much one of them
+/// wants, others' come first.
+void give_room(const config::Config& own, std::vector<Candidate>& candidates, std::map<Key, std::string>& taken) {
+  const auto cost = [](const config::Service& service) { return 1 + service.backends.size(); };
+  std::unordered_map<std::string_view, std::size_t> used;
+  for (Candidate* candidate : sorted(candidates, [](const Candidate& one) { return !one.serves; }))
+    candidate->share = used[candidate->space] += cost(*candidate->service);
+  std::size_t services = own.services.size();
+  std::size_t backends = 0;
+  for (const config::Service& service : own.services) backends += service.backends.size();
+  for (Candidate* candidate :
+       sorted(candidates, [](const Candidate& one) { return std::pair(!one.serves, one.share); })) {
+    if (services >= own.limits.services) {
+      candidate->problem = fmt::format("there are {} services already (limits.services)", own.limits.services);
+    } else if (backends + candidate->service->backends.size() > own.limits.backends) {
+      candidate->problem = fmt::format("there would be more than {} backends (limits.backends)", own.limits.backends);
+    } else {
+      ++services;
+      backends += candidate->service->backends.size();
+      continue;
+    }
+    taken.erase(key_of(*candidate->service));
+  }
+}
+
 }  // namespace
 
 bool is_cluster_name(std::string_view name) {
@@ -62,44 +171,21 @@ bool is_cluster_name(std::string_view name) {
   return is_port && (rest.substr(end) == "/tcp" || rest.substr(end) == "/udp");
 }
 
-Merged merge(const config::Config& own, std::string_view text, const ClusterServices& cluster) {
+Merged merge(const config::Config& own, std::string_view text, const ClusterServices& cluster,
+             std::span<const config::Service> serving) {
   Merged merged{.config = own, .text = std::string(text), .problems = {}};
   if (!merged.text.ends_with('\n')) merged.text += '\n';
-  std::map<Key, std::string> taken;
-  std::set<std::string> names;
-  std::size_t backends = 0;
-  for (const config::Service& service : own.services) {
-    taken.emplace(key_of(service), fmt::format("service {} of the file, line {}", config::printable(service.name),
-                                               service.position.line));
-    names.insert(service.name);
-    backends += service.backends.size();
-  }
-  const auto leave_out = [&](const config::Service& service, std::string_view why) {
-    merged.problems.push_back(fmt::format("service {} of Kubernetes: {}: it is not served", service.name, why));
-  };
-  std::vector<config::Service> added;
-  for (const auto& [name, services] : cluster) {
-    for (const config::Service& service : services) {
-      const auto [first, is_free] =
-          taken.try_emplace(key_of(service), fmt::format("service {} of Kubernetes", service.name));
-      if (!is_free) {
-        leave_out(service, fmt::format("its vip {} is that of {}", endpoint(service), first->second));
-      } else if (names.contains(service.name)) {
-        taken.erase(first);
-        leave_out(service, "a service of the file has its name");
-      } else if (own.services.size() + added.size() >= own.limits.services) {
-        taken.erase(first);
-        leave_out(service, fmt::format("there are {} services already (limits.services)", own.limits.services));
-      } else if (backends + service.backends.size() > own.limits.backends) {
-        taken.erase(first);
-        leave_out(service, fmt::format("there would be more than {} backends (limits.backends)", own.limits.backends));
-      } else {
-        backends += service.backends.size();
-        added.push_back(service);
-      }
+  std::vector<Candidate> candidates = candidates_of(cluster, serving);
+  std::map<Key, std::string> taken = give_vips(own, cluster, candidates);
+  give_room(own, candidates, taken);
+  for (const Candidate& candidate : candidates) {
+    if (!candidate.problem.empty()) {
+      ++merged.left_out;
+      merged.problems.push_back(
+          fmt::format("service {} of Kubernetes: {}: it is not served", candidate.service->name, candidate.problem));
+      continue;
     }
-  }
-  for (config::Service& service : added) {
+    config::Service& service = merged.config.services.emplace_back(*candidate.service);
     std::erase_if(service.backends, [&](const config::Backend& backend) {
       const auto found = taken.find({backend.address, backend.port, service.protocol});
       if (found == taken.end()) return false;
@@ -110,7 +196,6 @@ Merged merge(const config::Config& own, std::string_view text, const ClusterServ
     });
     append(merged.text, service);
   }
-  std::ranges::move(added, std::back_inserter(merged.config.services));
   return merged;
 }
 

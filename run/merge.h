@@ -3,7 +3,9 @@
 // The services of the file and those of a cluster, as one configuration. Pure.
 #pragma once
 
+#include <cstddef>
 #include <map>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -20,11 +22,13 @@ struct Merged {
   config::Config config;              // the file's services, then the cluster's
   std::string text;                   // that says the same
   std::vector<std::string> problems;  // what was left out, a line each
+  std::size_t left_out = 0;           // services of the cluster that are not served
 };
 
-/// What the cluster has no room for, or what collides with the file, is left out: the file's services are served in any
-/// case. `text` is what `own` was read from.
-Merged merge(const config::Config& own, std::string_view text, const ClusterServices& cluster);
+/// What there is no room for, or what collides, is left out: the file's services are served in any case, then those of
+/// the cluster that are in `serving`. `text` is what `own` was read from.
+Merged merge(const config::Config& own, std::string_view text, const ClusterServices& cluster,
+             std::span<const config::Service> serving);
 
 /// What of a fast path that an earlier process left is a cluster's.
 ClusterServices cluster_services(const std::vector<cli::SeenService>& seen);

@@ -129,6 +129,8 @@ void add_service_itself(Text& text, const Status& status) {
     text.one("clusterip_kubernetes_services", "Services of the cluster, those that are not served included.", gauge,
              cluster->services);
     text.one("clusterip_kubernetes_endpointslices", "EndpointSlices of the cluster.", gauge, cluster->slices);
+    text.one("clusterip_kubernetes_left_out", "Services of the cluster that are not served, as the log says.", gauge,
+             cluster->left_out);
     text.one("clusterip_kubernetes_lists_total", "Times that services or EndpointSlices were listed.", counter,
              cluster->lists);
     text.one("clusterip_kubernetes_events_total", "Events of watches.", counter, cluster->events);

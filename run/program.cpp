@@ -207,19 +207,19 @@ class Program {
     if (!kept.empty())
       spdlog::info("kubernetes: {} that an earlier process left serve until all were listed",
                    cli::count(kept.size(), "service"));
-    auto followed = settings_.follow_cluster(
+    cluster_ = settings_.follow_cluster(
         control_, *in_force_.kubernetes, std::move(kept),
         {.merge = [this] { return merge_cluster(); },
          .set_backends =
              [this](const std::vector<const config::Service*>& changed) { set_cluster_backends(changed); }});
-    if (!followed) return std::unexpected(to_failure(followed.error()));
-    cluster_ = std::move(*followed);
     return {};
   }
 
   Source with_cluster(Source own) {
     if (!cluster_) return own;
-    Merged merged = merge(own.config, own.text, cluster_->services());
+    const auto serving = std::span<const config::Service>(config_.services).subspan(own_services_);
+    Merged merged = merge(own.config, own.text, cluster_->services(), serving);
+    left_out_ = merged.left_out;
     std::set<std::string> problems(merged.problems.begin(), merged.problems.end());
     for (const std::string& problem : problems)
       if (!merge_problems_.contains(problem)) spdlog::error("{}", problem);
@@ -635,6 +635,13 @@ class Program {
 
   // Status
 
+  std::optional<ClusterStatus> cluster_status() const {
+    if (!cluster_) return {};
+    ClusterStatus status = cluster_->status();
+    status.left_out = left_out_;
+    return status;
+  }
+
   Status status(bool is_look) {
     const userspace::Status proxied = proxy_.status();
     Status status{.program = settings_.program,
@@ -655,7 +662,7 @@ class Program {
                   .checked_backends = checker_.checked(),
                   .went_up = went_up_,
                   .went_down = went_down_,
-                  .kubernetes = cluster_ ? std::optional(cluster_->status()) : std::nullopt,
+                  .kubernetes = cluster_status(),
                   .services = {}};
     std::vector<cli::SeenService> carried;
     if (fast_) {
@@ -900,6 +907,7 @@ class Program {
   std::set<std::tuple<config::Address, std::uint16_t, config::Protocol>> vips_;
   std::size_t backends_ = 0;              // of all services
   std::set<std::string> merge_problems_;  // of the last merge: who has read of one need not again
+  std::size_t left_out_ = 0;              // services, by it
   Reloads reloads_;
   std::optional<cli::Canary> canary_;
   bool has_told_of_canary_ = false;  // that it fails

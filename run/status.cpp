@@ -75,9 +75,11 @@ std::string canary_text(const object& canary, bool colour) {
 }
 
 std::string cluster_text(const object& cluster, bool colour) {
+  const std::uint64_t left_out = number(cluster, "left_out");
   if (cluster.at("current").as_bool())
-    return fmt::format("kubernetes: current, {} from {}", cli::count(number(cluster, "services"), "service"),
-                       text(cluster, "server"));
+    return fmt::format("kubernetes: current, {} from {}{}", cli::count(number(cluster, "services"), "service"),
+                       text(cluster, "server"),
+                       left_out == 0 ? "" : fmt::format(", {} left out: the log says why", left_out));
   std::string stale = cluster.at("complete").as_bool()
                           ? fmt::format("kubernetes: NOT CURRENT for {:.0f} s", cluster.at("age_s").to_number<double>())
                           : std::string("kubernetes: NOT LISTED YET");
@@ -227,6 +229,7 @@ object to_json(const ClusterStatus& cluster) {
           {"problem", or_null(config::printable(cluster.problem))},
           {"services", cluster.services},
           {"slices", cluster.slices},
+          {"left_out", cluster.left_out},
           {"lists", cluster.lists},
           {"events", cluster.events},
           {"failures", cluster.failures}};

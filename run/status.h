@@ -78,6 +78,7 @@ struct ClusterStatus {
   std::string problem;       // why they do not
   std::size_t services = 0;  // Kubernetes' objects
   std::size_t slices = 0;
+  std::size_t left_out = 0;  // of ours: what the log says is not served
   std::uint64_t lists = 0;
   std::uint64_t events = 0;
   std::uint64_t failures = 0;

@@ -94,8 +94,11 @@ class Stage(unittest.TestCase):
         run(CLUSTERIP, "unload", "--plugin", stage.PLUGIN, check=False)
         run(stage.BUILD / "run/fallback_proxy", "--cleanup", check=False)
 
-    def status(self):
-        shown = run(CLUSTERIP, "status", "--json", "--control", self.directory.path / "control.sock", "--plugin", stage.PLUGIN)
+    def status(self, exit_code=None):
+        shown = run(CLUSTERIP, "status", "--json", "--control", self.directory.path / "control.sock", "--plugin", stage.PLUGIN,
+                    check=False)
+        if exit_code is not None:
+            self.assertEqual(shown.returncode, exit_code, shown.stdout)
         return json.loads(shown.stdout)
 
     def come_from(self, vip, *names):
@@ -179,6 +182,25 @@ class Scenario(Stage):
             self.api.put("endpointslices", slice_of("web", pods))
             self.come_from("10.96.0.1", *(f"backend{(ONE, TWO).index(pod) + 1}" for pod in pods))
 
+    def test_the_file_serves_and_its_kubeconfig_may_come_later(self):
+        kubeconfig = self.directory.path / "kubeconfig"
+        kubeconfig.unlink(missing_ok=True)
+        self.file.write_text(self.file.read_text().replace(f'server = "{self.api.url}"', f'kubeconfig = "{kubeconfig}"'))
+        self.api.put("services", service("web", 0))
+        self.api.put("endpointslices", slice_of("web", [ONE]))
+        self.start()
+        self.come_from(STATIC, "backend3")
+        said = f"{kubeconfig}: No such file or directory"
+        self.assertIn(f"kubernetes: {said}: no service of the cluster comes or goes until that is mended", self.log.read_text())
+        self.assertEqual(self.status(exit_code=1)["kubernetes"]["problem"], said)
+        kubeconfig.write_text("no: config")
+        wait_for("what else is wrong with it", lambda: f"kubernetes: {kubeconfig}: " in self.log.read_text().replace(said, ""))
+        kubeconfig.write_text(json.dumps({"current-context": "here", "contexts": [{"name": "here", "context": {"cluster": "here"}}],
+                                          "clusters": [{"name": "here", "cluster": {"server": self.api.url}}]}))
+        self.come_from("10.96.0.1", "backend1")
+        self.assertTrue(self.status(exit_code=0)["kubernetes"]["complete"])
+        self.assertEqual(self.log.read_text().count(said), 1)
+
     def test_what_is_left_out_is_told_once(self):
         self.api.put("services", service("thief", 200 * 250))  # the file's VIP
         self.start()
@@ -186,6 +208,7 @@ class Scenario(Stage):
             self.api.put("services", service("web", number))
             wait_for("a merge", lambda: self.status()["services"][-1]["vip"] == service("web", number)["spec"]["clusterIP"])
         self.assertEqual(self.log.read_text().count("service default/thief:80/tcp of Kubernetes"), 1)
+        self.assertEqual(self.status(exit_code=0)["kubernetes"]["left_out"], 1)
 
     def test_without_the_api_server_the_last_state_serves_on_and_a_restart_keeps_it(self):
         self.api.put("services", service("web", 0))
@@ -206,7 +229,7 @@ class Scenario(Stage):
             for _ in range(3):
                 self.come_from("10.96.0.1", "backend1")
                 self.come_from("10.96.0.2", "backend2")
-            self.assertFalse(self.status()["kubernetes"]["complete"])
+            self.assertFalse(self.status(exit_code=1)["kubernetes"]["complete"])
         self.api = ApiServer(port=port)
         self.api.version = version + 100
         self.api.put("services", service("web", 0))

@@ -39,9 +39,9 @@ config::Service service(const std::string& name, const std::string& vip, const s
   return one;
 }
 
-Merged merged(const ClusterServices& cluster) {
+Merged merged(const ClusterServices& cluster, const std::vector<config::Service>& serving = {}) {
   const auto own = config::read_config(file);
-  return merge(own.value(), file, cluster);
+  return merge(own.value(), file, cluster, serving);
 }
 
 /// What the text says is what the model has, but for positions.
@@ -109,6 +109,33 @@ TEST(Merge, BackendThatIsAVipIsLeftOut) {
   expect_text_says_the_same(result);
 }
 
+TEST(Merge, BackendOfTheFileIsNoVip) {
+  const Merged result = merged({{"default/a", {service("default/a:80/tcp", "10.1.0.9", {})}}});
+  EXPECT_THAT(
+      result.problems,
+      ElementsAre("service default/a:80/tcp of Kubernetes: its vip 10.1.0.9:80/tcp is a backend of service fixed "
+                  "of the file, line 4: it is not served"));
+  expect_text_says_the_same(result);
+}
+
+TEST(Merge, ExternalAddressTakesNoClusterIpAndNoEndpoint) {
+  const Merged result =
+      merged({{"a/a",
+               {service("a/a:80/tcp@10.96.0.2", "10.96.0.2", {}), service("a/a:80/tcp@10.1.0.1", "10.1.0.1", {}),
+                service("a/a:80/tcp@ipv6", "fd00::1", {})}},
+              {"b/b", {service("b/b:80/tcp", "10.96.0.2", {"10.1.0.1"})}}},
+             {service("a/a:80/tcp@10.96.0.2", "10.96.0.2", {})});  // it had it while there was no b/b
+  EXPECT_THAT(names(result), ElementsAre("fixed", "a/a:80/tcp@ipv6", "b/b:80/tcp"));
+  EXPECT_THAT(result.problems,
+              ElementsAre("service a/a:80/tcp@10.96.0.2 of Kubernetes: its vip 10.96.0.2:80/tcp is that of service "
+                          "b/b:80/tcp of Kubernetes: it is not served",
+                          "service a/a:80/tcp@10.1.0.1 of Kubernetes: its vip 10.1.0.1:80/tcp is a backend of service "
+                          "b/b:80/tcp of Kubernetes: it is not served"));
+  EXPECT_EQ(result.left_out, 2U);
+  EXPECT_EQ(result.config.services.back().backends.size(), 1U);
+  expect_text_says_the_same(result);
+}
+
 TEST(Merge, WhatThereIsNoRoomForIsLeftOut) {
   const Merged many = merged({{"default/a", {service("default/a:80/tcp", "10.96.0.1", {"10.1.0.1", "10.1.0.2"})}},
                               {"default/b", {service("default/b:80/tcp", "10.96.0.2", {"10.1.0.1", "10.1.0.2"})}},
@@ -119,7 +146,39 @@ TEST(Merge, WhatThereIsNoRoomForIsLeftOut) {
                                          "(limits.backends): it is not served",
                                          "service default/d:80/tcp of Kubernetes: there are 3 services already "
                                          "(limits.services): it is not served"));
+  EXPECT_EQ(many.left_out, 2U);
   expect_text_says_the_same(many);
+}
+
+TEST(Merge, VipOfWhatThereIsNoRoomForMayBeABackend) {
+  const Merged result = merged({{"a/a", {service("a/a:80/tcp", "10.96.0.1", {"10.96.0.2"})}},
+                                {"b/b", {service("b/b:80/tcp", "10.96.0.2", {"10.1.0.1", "10.1.0.2", "10.1.0.3"})}}});
+  EXPECT_THAT(names(result), ElementsAre("fixed", "a/a:80/tcp"));
+  EXPECT_EQ(result.config.services.back().backends.size(), 1U);
+  expect_text_says_the_same(result);
+}
+
+TEST(Merge, NamespacesComeInTurns) {
+  const ClusterServices greedy = {{"a/1", {service("a/1:80/tcp", "10.96.0.1", {"10.1.0.1"})}},
+                                  {"a/2", {service("a/2:80/tcp", "10.96.0.2", {})}},
+                                  {"a/3", {service("a/3:80/tcp", "10.96.0.3", {})}},
+                                  {"b/1", {service("b/1:80/tcp", "10.96.1.1", {"10.1.1.1"})}}};
+  EXPECT_THAT(names(merged(greedy)), ElementsAre("fixed", "a/1:80/tcp", "b/1:80/tcp"));
+  // One of many backends has its turn behind those of few, in whatever namespace.
+  const ClusterServices fat = {{"a/1", {service("a/1:80/tcp", "10.96.0.1", {"10.1.0.1", "10.1.0.2", "10.1.0.3"})}},
+                               {"b/1", {service("b/1:80/tcp", "10.96.1.1", {"10.1.1.1"})}}};
+  EXPECT_THAT(names(merged(fat)), ElementsAre("fixed", "b/1:80/tcp"));
+}
+
+TEST(Merge, WhatServesStays) {
+  const auto one = service("b/1:80/tcp", "10.96.1.1", {"10.1.1.1"});
+  const auto two = service("b/2:80/tcp", "10.96.1.2", {"10.1.1.1"});
+  const ClusterServices cluster = {{"a/1", {service("a/1:80/tcp", "10.96.0.1", {})}},
+                                   {"a/2", {service("a/2:80/tcp", "10.96.1.2", {})}},  // b/2's vip
+                                   {"b/1", {one}},
+                                   {"b/2", {two}}};
+  EXPECT_THAT(names(merged(cluster)), ElementsAre("fixed", "a/1:80/tcp", "a/2:80/tcp"));
+  EXPECT_THAT(names(merged(cluster, {one, two})), ElementsAre("fixed", "b/1:80/tcp", "b/2:80/tcp"));
 }
 
 TEST(Merge, KnowsTheNamesOfClusters) {
