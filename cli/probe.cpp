@@ -48,7 +48,7 @@ constexpr std::array capabilities{
                "no client = \"netns\""},
     Capability{CLUSTERIP_CAN_CGROUP_CLIENT, "cgroup_client", "a client can be a cgroup", "no client = \"cgroup\""},
     Capability{CLUSTERIP_CAN_EVENTS, "events", "decisions can be watched", "decisions cannot be watched"},
-    Capability{CLUSTERIP_CAN_DESTROY, "destroy", "connected UDP sockets of a backend that leaves are ended",
+    Capability{CLUSTERIP_CAN_DESTROY, "destroy", "connected sockets of a backend that leaves are ended",
                "connected UDP sockets stay with a backend that leaves"},
 };
 
