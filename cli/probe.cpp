@@ -49,7 +49,7 @@ constexpr std::array capabilities{
     Capability{CLUSTERIP_CAN_CGROUP_CLIENT, "cgroup_client", "a client can be a cgroup", "no client = \"cgroup\""},
     Capability{CLUSTERIP_CAN_EVENTS, "events", "decisions can be watched", "decisions cannot be watched"},
     Capability{CLUSTERIP_CAN_DESTROY, "destroy", "connected sockets of a backend that leaves are ended",
-               "connected UDP sockets stay with a backend that leaves"},
+               "connected sockets stay with a backend that leaves"},
 };
 
 void describe(po::options_description_easy_init add) { add("json", po::bool_switch(), "print the result as JSON"); }
