@@ -23,6 +23,7 @@
 #include <boost/beast/http/basic_parser.hpp>
 #include <boost/json.hpp>
 #include <charconv>
+#include <memory>
 #include <optional>
 #include <random>
 #include <span>
@@ -107,7 +108,7 @@ class Answer final : public http::basic_parser<false> {
 };
 
 /// One connection, with a bound for how long whatever is being waited for may take.
-class Connection {
+class Connection : public std::enable_shared_from_this<Connection> {
  public:
   Connection(asio::io_context& io, ssl::context* tls) : socket_(io), deadline_(io) {
     if (tls != nullptr) stream_.emplace(socket_, *tls);
@@ -115,11 +116,12 @@ class Connection {
 
   void limit(Clock::duration time) {
     deadline_.expires_after(time);
-    deadline_.async_wait([this](const error_code& cancelled) {
-      if (cancelled || deadline_.expiry() > Clock::now()) return;
-      is_late_ = true;
+    deadline_.async_wait([weak = weak_from_this()](const error_code& cancelled) {
+      const auto self = weak.lock();  // the connection may have ended at the same moment
+      if (cancelled || !self || self->deadline_.expiry() > Clock::now()) return;
+      self->is_late_ = true;
       error_code ignored;
-      socket_.close(ignored);
+      self->socket_.close(ignored);
     });
   }
 
@@ -270,10 +272,11 @@ struct End {
 
 class Watcher final : public Client {
  public:
-  Watcher(asio::io_context& io, Access access, std::string space, std::string selector, const Pace& pace, Store& store,
-          Handlers handlers)
+  Watcher(asio::io_context& io, Access access, std::shared_ptr<Plugin> plugin, std::string space, std::string selector,
+          const Pace& pace, Store& store, Handlers handlers)
       : io_(io),
         access_(std::move(access)),
+        plugin_(std::move(plugin)),
         space_(std::move(space)),
         selector_(std::move(selector)),
         pace_(pace),
@@ -326,8 +329,9 @@ class Watcher final : public Client {
     Follower(asio::io_context& io, Kind which) : kind(which), pause(io) {}
     const Kind kind;
     asio::steady_timer pause;
-    std::optional<Connection> connection;
-    std::string version;  // to watch from; empty: list first
+    std::shared_ptr<Connection> connection;
+    std::string version;      // to watch from; empty: list first
+    std::uint64_t issue = 0;  // whose credentials it has sent
     std::string problem;
     Clock::time_point lost = Clock::now();
     bool is_watching = false;
@@ -404,7 +408,7 @@ class Watcher final : public Client {
   /// Lists if need be, and watches until something ends that.
   awaitable<End> session(Follower& follower) {
     follower.connection.reset();
-    auto header = co_await authorization();
+    auto header = co_await authorization(follower);
     if (!header) co_return End{.problem = header.error().message};
     if (follower.version.empty()) {
       End end = co_await list(follower, *header);
@@ -414,20 +418,20 @@ class Watcher final : public Client {
   }
 
   /// The header, with its line end; empty without a token.
-  awaitable<config::Result<std::string>> authorization() {
+  awaitable<config::Result<std::string>> authorization(Follower& follower) {
     std::string token = access_.token;
-    if (access_.exec) {
-      const auto now = std::chrono::system_clock::now();
-      if (!credentials_ || (credentials_->expires && *credentials_->expires < now + 10s)) {
-        auto fresh = co_await run_exec(io_, *access_.exec);
-        if (!fresh) co_return std::unexpected(fresh.error());
-        credentials_ = std::move(*fresh);
-        if (tls_) {
-          if (auto used = use_certificate(credentials_->certificate, credentials_->key); !used)
-            co_return std::unexpected(used.error());
+    if (plugin_) {
+      const auto issue = co_await plugin_->credentials();
+      if (!issue) co_return std::unexpected(issue.error());
+      follower.issue = issue->number;
+      if (tls_ && issue->number != used_issue_) {
+        if (auto used = use_certificate(issue->credentials.certificate, issue->credentials.key); !used) {
+          plugin_->reject(issue->number);
+          co_return std::unexpected(used.error());
         }
+        used_issue_ = issue->number;
       }
-      token = credentials_->token;
+      token = issue->credentials.token;
     } else if (!access_.token_file.empty()) {
       auto text = config::read_file(access_.token_file);
       if (!text) co_return std::unexpected(text.error());
@@ -447,7 +451,7 @@ class Watcher final : public Client {
   }
 
   awaitable<std::string> connect(Follower& follower) {
-    follower.connection.emplace(io_, tls_ ? &*tls_ : nullptr);
+    follower.connection = std::make_shared<Connection>(io_, tls_ ? &*tls_ : nullptr);
     follower.connection->limit(pace_.patience);
     co_return co_await follower.connection->open(access_);
   }
@@ -487,7 +491,7 @@ class Watcher final : public Client {
     const KindNames names = names_of(follower.kind);
     if (status == 410) return {.problem = {}, .is_expired = true};
     if (status == 401) {
-      credentials_.reset();
+      if (plugin_) plugin_->reject(follower.issue);
       return {.problem = fmt::format("401: it does not accept the credentials{}: {}", why, credentials_source())};
     }
     if (status == 403)
@@ -609,13 +613,14 @@ class Watcher final : public Client {
 
   asio::io_context& io_;
   const Access access_;
+  const std::shared_ptr<Plugin> plugin_;
   const std::string space_;
   const std::string selector_;
   const Pace pace_;
   Store& store_;
   const Handlers handlers_;
   std::optional<ssl::context> tls_;
-  std::optional<Credentials> credentials_;  // of exec
+  std::uint64_t used_issue_ = 0;  // of the plugin, whose certificate is used
   Counts counts_;
   std::minstd_rand random_{std::random_device{}()};
   std::array<Follower, 2> followers_{{{io_, Kind::service}, {io_, Kind::slice}}};
@@ -624,9 +629,11 @@ class Watcher final : public Client {
 }  // namespace
 
 config::Result<std::unique_ptr<Client>> Client::create(boost::asio::io_context& io, Access access,
-                                                       const std::string& space, const std::string& selector,
-                                                       const Pace& pace, Store& store, Handlers handlers) {
-  auto watcher = std::make_unique<Watcher>(io, std::move(access), space, selector, pace, store, std::move(handlers));
+                                                       std::shared_ptr<Plugin> plugin, const std::string& space,
+                                                       const std::string& selector, const Pace& pace, Store& store,
+                                                       Handlers handlers) {
+  auto watcher = std::make_unique<Watcher>(io, std::move(access), std::move(plugin), space, selector, pace, store,
+                                           std::move(handlers));
   if (auto prepared = watcher->prepare(); !prepared) return std::unexpected(prepared.error());
   watcher->start();
   return watcher;

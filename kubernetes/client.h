@@ -12,6 +12,7 @@
 #include <string>
 
 #include "kubernetes/access.h"
+#include "kubernetes/exec.h"
 #include "kubernetes/store.h"
 
 namespace kubernetes {
@@ -20,9 +21,12 @@ namespace kubernetes {
 struct Pace {
   std::chrono::milliseconds first_pause{500};  // behind a failure; then twice as long each time, with chance
   std::chrono::milliseconds max_pause{30000};
-  std::chrono::seconds watch_time{300};  // that a watch lasts at least; up to twice
-  std::chrono::seconds patience{30};     // with what should come at once
-  std::size_t page = 500;                // objects
+  std::chrono::seconds watch_time{300};   // that a watch lasts at least; up to twice
+  std::chrono::seconds patience{30};      // with what should come at once
+  std::chrono::milliseconds proof{5000};  // a watch that lasts as long, or brings something, is one
+  std::chrono::seconds exec_time{60};     // for a command that prints credentials
+  std::size_t page = 500;                 // objects
+  std::size_t max_objects = 200000;       // of a kind, in a list
 };
 
 struct Counts {
@@ -39,10 +43,12 @@ class Client {
     std::function<void(bool is_error, const std::string&)> tell;  // a line for the log
   };
 
-  /// Of one namespace; empty: all. It has to live until `io` runs no more, and the store until then.
+  /// Of one namespace; empty: all. `plugin`: for access.exec. The client has to live until `io` runs no more, and the
+  /// store until then.
   static config::Result<std::unique_ptr<Client>> create(boost::asio::io_context& io, Access access,
-                                                        const std::string& space, const std::string& selector,
-                                                        const Pace& pace, Store& store, Handlers handlers);
+                                                        std::shared_ptr<Plugin> plugin, const std::string& space,
+                                                        const std::string& selector, const Pace& pace, Store& store,
+                                                        Handlers handlers);
   virtual ~Client() = default;
 
   /// Both watches stand.

@@ -39,10 +39,11 @@ config::Result<std::unique_ptr<Source>> Source::create(boost::asio::io_context& 
   if (resolved.node.empty()) resolved.node = this_node();
   std::vector<std::string> spaces = choices.namespaces;
   if (spaces.empty()) spaces.emplace_back();
+  const auto plugin = access->exec ? std::make_shared<Plugin>(io, *access->exec, pace.exec_time) : nullptr;
   for (const std::string& space : spaces) {
     Part& part = source->parts_.emplace_back(resolved);
     auto client =
-        Client::create(io, *access, space, choices.selector, pace, part.store,
+        Client::create(io, *access, plugin, space, choices.selector, pace, part.store,
                        {.changed = [whole = source.get()] { whole->note_change(); }, .tell = source->handlers_.tell});
     if (!client) return std::unexpected(client.error());
     part.client = std::move(*client);

@@ -56,6 +56,7 @@ int main(int count, char** words) {
       {"selector", [&](const std::string& value) { choices.selector = value; }},
       {"node", [&](const std::string& value) { choices.node = value; }},
       {"page", [&](const std::string& value) { pace.page = std::stoul(value); }},
+      {"exec_time", [&](const std::string& value) { pace.exec_time = std::chrono::seconds(std::stol(value)); }},
       {"patience", [&](const std::string& value) { pace.patience = std::chrono::seconds(std::stol(value)); }},
       {"watch_time", [&](const std::string& value) { pace.watch_time = std::chrono::seconds(std::stol(value)); }},
   };

@@ -6,7 +6,9 @@ import json
 import os
 import pathlib
 import random
+import resource
 import shutil
+import signal
 import ssl
 import subprocess
 import tempfile
@@ -41,8 +43,10 @@ class Watch:
     """The program, and what it has told so far."""
 
     def __init__(self, **options):
-        words = [str(WATCH)] + [f"{key}={value}" for key, value in options.items()]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        preexec, wrap = options.pop("preexec", None), options.pop("wrap", [])
+        words = [*wrap, str(WATCH)] + [f"{key}={one}" for key, value in options.items()
+                                       for one in (value if isinstance(value, list) else [value])]
+        self.process = subprocess.Popen(words, preexec_fn=preexec, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.news = threading.Condition()
         self.state, self.log, self.statuses, self.failure, self.batches = {}, [], [], None, 0
         self.repeated = []  # changes that changed nothing
@@ -352,6 +356,14 @@ class BadObjects(Stage):
         watch.wait("the change", lambda: watch.state["default/web"][0]["vip"] == "10.96.0.3:80")
 
 
+def is_alive(pid):
+    """Zombies are not."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def resident(pid):
     for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
@@ -476,6 +488,80 @@ class Authorities(Stage):
         self.expect_list(kubeconfig=self.write_kubeconfig(server, {"exec": command}))
         watch = self.watch(kubeconfig=self.write_kubeconfig(server, {"exec": {**command, "args": ["-c", "exit 3"]}}))
         watch.wait("a line", lambda: any("/bin/sh failed: exit 3" in line for line in watch.log))
+
+    def plugin(self, script, server, **more):
+        """A kubeconfig whose command is this script, with what it may print in the file "credentials"."""
+        self.file("credentials").write_text(json.dumps(
+            {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": "printed", **more}}))
+        return self.write_kubeconfig(server, {"exec": {
+            "apiVersion": "client.authentication.k8s.io/v1", "command": "/bin/sh", "args": ["-c", f"cd {self.directory}; {script}"]}})
+
+    def wait_until_gone(self, watch, file):
+        pid = int(watch.wait("a pid", lambda: self.file(file).exists() and self.file(file).read_text().strip()))
+        watch.wait("its end", lambda: not is_alive(pid))
+
+    def test_a_child_that_keeps_a_commands_output_open_ends_with_it(self):
+        server = self.serve(tls=self.tls("server"), tokens={"printed"})
+        watch = self.watch(kubeconfig=self.plugin("sleep 600 & echo $! > child; cat credentials", server))
+        watch.wait("a list", lambda: watch.batches)
+        self.wait_until_gone(watch, "child")
+
+    def test_what_leaves_a_commands_group_does_not_hold_up_anything(self):
+        server = self.serve(tls=self.tls("server"), tokens={"printed"})
+        watch = self.watch(kubeconfig=self.plugin("setsid sleep 600 & echo $! > child; cat credentials", server))
+        try:
+            watch.wait("a list", lambda: watch.batches)
+        finally:
+            os.kill(int(self.file("child").read_text()), signal.SIGKILL)
+
+    def test_a_command_that_does_not_end_is_ended_with_its_children(self):
+        server = self.serve(tls=self.tls("server"), tokens={"printed"})
+        config = self.plugin("sleep 600 & echo $! > child; sleep 600", server)
+        watch = self.watch(kubeconfig=config, exec_time=1)
+        watch.wait("a line", lambda: any("/bin/sh took more than 1 s" in line for line in watch.log))
+        self.wait_until_gone(watch, "child")
+        self.plugin("cat credentials", server)  # is not read again
+        self.assertFalse(watch.status()["is_complete"])
+
+    def test_a_command_ends_with_who_has_started_it(self):
+        server = self.serve(tls=self.tls("server"), tokens={"printed"})
+        watch = Watch(kubeconfig=self.plugin("sleep 600 & echo $! > child; echo $$ > leader; sleep 600", server))
+        pids = [int(watch.wait("a pid", lambda: self.file(name).exists() and self.file(name).read_text().strip()))
+                for name in ("child", "leader")]
+        self.assertEqual(watch.end(), 0)
+        watch.wait("their end", lambda: not any(is_alive(pid) for pid in pids))
+
+    def test_a_command_that_prints_without_end_is_ended(self):
+        server = self.serve(tls=self.tls("server"), tokens={"printed"})
+        watch = self.watch(kubeconfig=self.plugin("exec cat /dev/zero", server))
+        watch.wait("a line", lambda: any("/bin/sh prints more than 1048576 bytes" in line for line in watch.log))
+
+    def test_a_command_is_run_once_for_all_who_wait_for_it(self):
+        server = self.serve(tls=self.tls("server"), tokens={"printed"})
+        config = self.plugin("echo run >> runs; cat credentials", server)
+        watch = self.watch(kubeconfig=config, namespace=["one", "two", "three"])
+        watch.wait("a list", lambda: watch.batches)
+        self.assertEqual(self.file("runs").read_text(), "run\n")
+        self.plugin("", server, token="another")
+        watched = server.count("watch", "services") + server.count("watch", "endpointslices")
+        server.tokens = {"another"}
+        server.cut()
+        watch.wait("new watches", lambda: server.count("watch", "services") + server.count("watch", "endpointslices") >= watched + 6)
+        self.assertEqual(self.file("runs").read_text(), "run\n" * 2)
+
+    def test_a_command_without_file_descriptors_is_told_and_tried_again(self):
+        server = self.serve(tls=self.tls("server"), tokens={"printed"})
+        config = self.plugin("cat credentials", server)
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        told = set()
+        for limit in range(7, 12):  # 7 are for its input, output and loop
+            watch = self.watch(kubeconfig=config, preexec=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard)))
+            watch.wait("a line or a list", lambda: watch.log or watch.batches)
+            told.update(what for what in ("pipe", "pidfd_open") for line in watch.log
+                        if f"/bin/sh: {what}: Too many open files (LimitNOFILE=, ulimit -n)" in line)
+            resource.prlimit(watch.process.pid, resource.RLIMIT_NOFILE, (64, hard))
+            watch.wait("a list", lambda: watch.batches)
+        self.assertEqual(told, {"pipe", "pidfd_open"})
 
     def test_kubeconfig_mistakes_are_told(self):
         server = self.serve()
