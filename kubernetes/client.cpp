@@ -27,6 +27,7 @@
 #include <optional>
 #include <random>
 #include <span>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -34,7 +35,8 @@
 #include "config/printable.h"
 #include "config/read_config.h"
 #include "config/values.h"
-#include "kubernetes/exec.h"
+#include "kubernetes/resolver.h"
+#include "kubernetes/selector.h"
 #include "kubernetes/splitter.h"
 
 namespace kubernetes {
@@ -52,7 +54,8 @@ using namespace std::chrono_literals;
 constexpr auto use_tuple = asio::as_tuple(asio::use_awaitable);
 
 constexpr std::size_t max_error_text = 16384;
-constexpr auto watch_grace = 30s;  // beyond the time that the server was asked to end a watch after
+constexpr std::size_t max_token = 4096;  // of a list that goes on, to tell them from one another
+constexpr auto watch_grace = 30s;        // beyond the time that the server was asked to end a watch after
 
 struct KindNames {
   const char* plural;
@@ -126,10 +129,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   }
 
   /// Empty: connected. Else what went wrong.
-  awaitable<std::string> open(const Access& access) {
-    tcp::resolver resolver(socket_.get_executor());
-    const auto [unknown, addresses] = co_await resolver.async_resolve(access.host, access.port, use_tuple);
-    if (unknown) co_return fmt::format("{}: {}", access.host, unknown.message());
+  awaitable<std::string> open(const Access& access, const Resolver::Endpoints& addresses) {
     const auto [refused, endpoint] = co_await asio::async_connect(socket_, addresses, use_tuple);
     if (refused) co_return what(refused);
     error_code ignored;
@@ -268,6 +268,9 @@ struct End {
   std::string problem;
   bool is_expired = false;  // 410: list again
   bool is_cut = false;      // a watch that stood: what was on its way comes again
+  bool is_refused = false;  // the server has something against this watch, and may have it against the next
+  bool is_doubted = false;  // ended from here: what comes may not be all; list again
+  [[nodiscard]] bool is_good() const { return problem.empty() && !is_expired && !is_doubted; }
 };
 
 class Watcher final : public Client {
@@ -277,8 +280,10 @@ class Watcher final : public Client {
       : io_(io),
         access_(std::move(access)),
         plugin_(std::move(plugin)),
+        resolver_(io, access_.host, access_.port),
         space_(std::move(space)),
-        selector_(std::move(selector)),
+        selector_text_(std::move(selector)),
+        selector_(selector_text_),
         pace_(pace),
         store_(store),
         handlers_(std::move(handlers)) {}
@@ -326,15 +331,26 @@ class Watcher final : public Client {
 
  private:
   struct Follower {
-    Follower(asio::io_context& io, Kind which) : kind(which), pause(io) {}
+    Follower(asio::io_context& io, Kind which) : kind(which), pause(io), proof(io) {}
     const Kind kind;
     asio::steady_timer pause;
     std::shared_ptr<Connection> connection;
     std::string version;      // to watch from; empty: list first
+    std::uint64_t seen = 0;   // the highest version of the server's data
     std::uint64_t issue = 0;  // whose credentials it has sent
     std::string problem;
     Clock::time_point lost = Clock::now();
+    // This watch
     bool is_watching = false;
+    bool has_brought_news = false;
+    bool is_doubted = false;
+    Clock::time_point watch_began;
+    asio::steady_timer proof;  // that it is one
+    // In a row
+    int expirations = 0;
+    int refusals = 0;
+    Clock::time_point next_doubt;  // not before
+    bool has_told_of_strangers = false;
   };
 
   config::Result<void> use_certificate(const std::string& certificate, const std::string& key) {
@@ -351,21 +367,29 @@ class Watcher final : public Client {
   awaitable<void> follow(Follower& follower) {
     std::chrono::milliseconds pause = pace_.first_pause;
     for (;;) {
-      const auto began = Clock::now();
-      const bool was_listed = !follower.version.empty();
-      const End end = co_await session(follower);
+      End end = co_await session(follower);
       const bool has_watched = std::exchange(follower.is_watching, false);
-      if (has_watched) {
+      follower.proof.cancel();
+      // An answer that begins well is no watch yet: it may be cut or end at once, each time.
+      const bool is_proven =
+          has_watched && (follower.has_brought_news || Clock::now() - follower.watch_began >= pace_.proof);
+      if (is_proven) {
         follower.lost = Clock::now();
+        follower.expirations = follower.refusals = 0;
         pause = pace_.first_pause;
       }
-      if (end.is_expired) follower.version.clear();
-      const bool is_failure = !end.problem.empty() && !(end.is_cut && has_watched);
+      if (end.is_doubted) follower.version.clear();
+      if (end.is_doubted || (end.is_good() && is_proven)) continue;
       if (!end.problem.empty()) ++counts_.failures;
-      if (is_failure) tell_problem(follower, end.problem);
-      // What came to its end in good order goes on at once; unless that was soon, which could go on for ever.
-      const bool is_soon = Clock::now() - began < pace_.first_pause;
-      if (end.problem.empty() && (!is_soon || (end.is_expired && was_listed))) continue;
+      if (has_watched && !is_proven && (end.is_good() || end.is_cut))
+        end = {.problem = "a watch ends as soon as it has begun"};
+      if (end.is_expired) {
+        follower.version.clear();
+        if (++follower.expirations > 1) end.problem = "410: what was listed is forgotten before it is watched";
+      }
+      // Once is bad luck; a version that the server cannot go on from would be refused for ever.
+      if (end.is_refused && ++follower.refusals % 2 == 0) follower.version.clear();
+      if (!end.problem.empty() && !(end.is_cut && is_proven)) tell_problem(follower, end.problem);
       follower.pause.expires_after(with_chance(pause));
       co_await follower.pause.async_wait(use_tuple);
       pause = std::min(2 * pause, pace_.max_pause);
@@ -384,8 +408,19 @@ class Watcher final : public Client {
                                      config::printable(problem)));
   }
 
-  void all_is_well(Follower& follower) {
+  void begin_watch(Follower& follower) {
     follower.is_watching = true;
+    follower.has_brought_news = false;
+    follower.watch_began = Clock::now();
+    if (follower.problem.empty()) return;
+    follower.proof.expires_after(pace_.proof);
+    follower.proof.async_wait([this, &follower](const error_code& cancelled) {
+      if (!cancelled && follower.is_watching && Clock::now() >= follower.watch_began + pace_.proof)
+        all_is_well(follower);
+    });
+  }
+
+  void all_is_well(Follower& follower) {
     if (follower.problem.empty()) return;
     follower.problem.clear();
     handlers_.tell(false, fmt::format("kubernetes: {}: {}: watched again", access_.origin, what_of(follower.kind)));
@@ -395,13 +430,14 @@ class Watcher final : public Client {
     return space_.empty() ? names_of(kind).plural : fmt::format("{} of {}", names_of(kind).plural, space_);
   }
 
-  std::string target(Kind kind, const std::string& query) const {
+  std::string target(Kind kind, const std::string& query, bool is_selecting = true) const {
     const KindNames names = names_of(kind);
     std::string result = access_.path + names.path;
     if (!space_.empty()) result += "/namespaces/" + space_;
     result += fmt::format("/{}?{}", names.plural, query);
     // Slices have the labels of their service only when Kubernetes made them.
-    if (kind == Kind::service && !selector_.empty()) result += "&labelSelector=" + percent_encoded(selector_);
+    if (kind == Kind::service && is_selecting && !selector_text_.empty())
+      result += "&labelSelector=" + percent_encoded(selector_text_);
     return result;
   }
 
@@ -410,9 +446,13 @@ class Watcher final : public Client {
     follower.connection.reset();
     auto header = co_await authorization(follower);
     if (!header) co_return End{.problem = header.error().message};
+    if (!follower.version.empty()) {
+      End end = co_await check(follower, *header);
+      if (!end.is_good()) co_return end;
+    }
     if (follower.version.empty()) {
       End end = co_await list(follower, *header);
-      if (!end.problem.empty() || end.is_expired) co_return end;
+      if (!end.is_good()) co_return end;
     }
     co_return co_await watch(follower, *header);
   }
@@ -451,14 +491,19 @@ class Watcher final : public Client {
   }
 
   awaitable<std::string> connect(Follower& follower) {
+    follower.connection.reset();
+    const auto addresses = co_await resolver_.resolve(pace_.patience);
+    if (!addresses) co_return addresses.error().message;
     follower.connection = std::make_shared<Connection>(io_, tls_ ? &*tls_ : nullptr);
     follower.connection->limit(pace_.patience);
-    co_return co_await follower.connection->open(access_);
+    co_return co_await follower.connection->open(access_, *addresses);
   }
 
-  /// Sends a request, and feeds `splitter` with its answer, or says what the server has against it.
+  /// Sends a request, and feeds `splitter` with its answer until something is `found` in it, which is how it ends then;
+  /// or says what the server has against it.
   awaitable<End> get(Follower& follower, const std::string& verb, const std::string& target,
-                     const std::string& authorization, Splitter& splitter, const std::function<void()>& granted) {
+                     const std::string& authorization, Splitter& splitter, const End& found,
+                     const std::function<void()>& granted) {
     if (!follower.connection || !follower.connection->is_reusable()) {
       if (std::string problem = co_await connect(follower); !problem.empty())
         co_return End{.problem = std::move(problem)};
@@ -473,11 +518,15 @@ class Watcher final : public Client {
           if (status == 200) granted();
         },
         [&](unsigned status, std::string_view text) {
-          if (status == 200) return splitter.feed(text);
+          if (status == 200) return splitter.feed(text) && found.is_good();
           error_text.append(text.substr(0, max_error_text - std::min(error_text.size(), max_error_text)));
           return true;
         });
     std::string problem = co_await connection.read(answer, counts_.bytes);
+    if (!found.is_good()) {
+      follower.connection.reset();  // more of it may be on the way
+      co_return found;
+    }
     if (!answer.is_header_done()) co_return End{.problem = problem.empty() ? "no answer" : std::move(problem)};
     if (answer.status() == 200) co_return End{.problem = std::move(problem), .is_cut = true};
     co_return refusal(follower, verb, answer.status(), error_text);
@@ -498,7 +547,9 @@ class Watcher final : public Client {
       return {.problem = fmt::format("403: missing permission: verb {} on {} of the API group \"{}\" in {}{}", verb,
                                      names.plural, names.group,
                                      space_.empty() ? "all namespaces" : fmt::format("the namespace {}", space_), why)};
-    return {.problem = fmt::format("{}: it does not answer with {}{}", status, names.plural, why)};
+    // Too many requests, and being unavailable, say nothing about this one.
+    return {.problem = fmt::format("{}: it does not answer with {}{}", status, names.plural, why),
+            .is_refused = status != 429 && status != 503};
   }
 
   std::string credentials_source() const {
@@ -509,29 +560,81 @@ class Watcher final : public Client {
     return access_.certificate.empty() ? "there are none" : "the client certificate of the kubeconfig";
   }
 
+  struct Envelope {
+    std::string next;  // where the list goes on; empty: it ends
+    std::string version;
+  };
+
+  static std::optional<Envelope> read_envelope(const Splitter& splitter) {
+    error_code error;
+    const auto envelope = boost::json::parse(splitter.envelope(), error);
+    if (error || !envelope.is_object()) return {};
+    return Envelope{.next = string_at(envelope.get_object(), {"metadata", "continue"}),
+                    .version = string_at(envelope.get_object(), {"metadata", "resourceVersion"})};
+  }
+
+  /// Before a watch goes on: a server whose data was restored would be silent until its versions have come to where
+  /// they were, and never tell what is different. One object is enough to know the version of all.
+  awaitable<End> check(Follower& follower, const std::string& authorization) {
+    Splitter splitter(Splitter::Form::items, [](std::string_view, bool) {});
+    const std::string what = target(follower.kind, "limit=1", false);
+    const End none;
+    End end = co_await get(follower, "list", what, authorization, splitter, none, [] {});
+    end.is_cut = false;
+    if (!end.is_good()) co_return end;
+    const auto envelope = read_envelope(splitter);
+    if (!envelope) co_return End{.problem = "what it sends is no list"};
+    const std::uint64_t version = number(envelope->version);
+    if (version != 0 && version < number(follower.version)) follower.version.clear();
+    co_return End{};
+  }
+
   awaitable<End> list(Follower& follower, const std::string& authorization) {
     const Kind kind = follower.kind;
     store_.begin_list(kind);
-    std::string next;
-    std::string version;
+    const std::size_t max_pages = 16 + 2 * pace_.max_objects / pace_.page;
+    std::size_t pages = 0;
+    std::size_t objects = 0;
+    std::unordered_set<std::string> seen;
+    Envelope envelope;
+    End found;
+    const auto endless = [](std::string how) { return End{.problem = "the list does not end: " + std::move(how)}; };
     do {
       Splitter splitter(Splitter::Form::items, [&](std::string_view text, bool is_whole) {
-        if (const auto object = parse(text, is_whole, kind)) store_.list(kind, *object);
+        if (++objects > pace_.max_objects) found = endless(fmt::format("more than {} objects", pace_.max_objects));
+        if (!found.is_good()) return;
+        const auto object = parse(text, is_whole, kind);
+        if (object && is_asked_for(follower, *object)) store_.list(kind, *object);
       });
       std::string query = fmt::format("limit={}", pace_.page);
-      if (!next.empty()) query += "&continue=" + percent_encoded(next);
-      End end = co_await get(follower, "list", target(kind, query), authorization, splitter, [] {});
+      if (!envelope.next.empty()) query += "&continue=" + percent_encoded(envelope.next);
+      End end = co_await get(follower, "list", target(kind, query), authorization, splitter, found, [] {});
       end.is_cut = false;
-      if (!end.problem.empty() || end.is_expired) co_return end;
-      error_code error;
-      const auto envelope = boost::json::parse(splitter.envelope(), error);
-      if (error || !envelope.is_object()) co_return End{.problem = "what it sends is no list"};
-      next = string_at(envelope.get_object(), {"metadata", "continue"});
-      version = string_at(envelope.get_object(), {"metadata", "resourceVersion"});
-    } while (!next.empty());
-    if (version.empty()) co_return End{.problem = "the list has no resourceVersion"};
-    store_.end_list(kind, number(version));
-    follower.version = std::move(version);
+      if (found.is_good() && !end.is_good()) co_return end;
+      if (found.is_good()) {
+        auto read = read_envelope(splitter);
+        if (!read) co_return End{.problem = "what it sends is no list"};
+        envelope = std::move(*read);
+        if (!envelope.next.empty() && !seen.insert(envelope.next.substr(0, max_token)).second)
+          found = endless("it names the same page twice");
+        else if (++pages >= max_pages && !envelope.next.empty())
+          found = endless(fmt::format("more than {} pages", max_pages));
+      }
+      if (!found.is_good()) {
+        store_.give_up_list(kind);
+        co_return found;
+      }
+    } while (!envelope.next.empty());
+    if (envelope.version.empty()) co_return End{.problem = "the list has no resourceVersion"};
+    const std::uint64_t version = number(envelope.version);
+    store_.end_list(kind, version);
+    if (version != 0 && version < follower.seen)
+      handlers_.tell(true,
+                     fmt::format("kubernetes: {}: {}: its data is older than before (version {} after {}): it was "
+                                 "restored, and is taken as it is now",
+                                 access_.origin, what_of(kind), version, follower.seen));
+    follower.seen = version;
+    follower.version = std::move(envelope.version);
     ++counts_.lists;
     handlers_.changed();
     co_return End{};
@@ -541,53 +644,103 @@ class Watcher final : public Client {
     const Kind kind = follower.kind;
     const auto time = pace_.watch_time +
                       std::chrono::seconds(std::uniform_int_distribution<long>(0, pace_.watch_time.count())(random_));
-    End told;
+    follower.is_doubted = false;
+    End found;
     Splitter splitter(Splitter::Form::values, [&](std::string_view text, bool is_whole) {
-      if (told.problem.empty() && !told.is_expired) take_event(follower, text, is_whole, told);
+      if (found.is_good()) take_event(follower, text, is_whole, found);
     });
     const std::string query = fmt::format("watch=1&allowWatchBookmarks=true&resourceVersion={}&timeoutSeconds={}",
                                           percent_encoded(follower.version), time.count());
-    End end = co_await get(follower, "watch", target(kind, query), authorization, splitter, [&] {
-      all_is_well(follower);
+    End end = co_await get(follower, "watch", target(kind, query), authorization, splitter, found, [&] {
+      begin_watch(follower);
       follower.connection->limit(time + watch_grace);
     });
-    if (!told.problem.empty() || told.is_expired) co_return told;
+    if (!end.is_expired && follower.is_doubted) co_return End{.problem = {}, .is_doubted = true};
     // Its time is over, or the connection was cut: either way it goes on from the version that came last.
     co_return end;
   }
 
-  void take_event(Follower& follower, std::string_view text, bool is_whole, End& told) {
+  void take_event(Follower& follower, std::string_view text, bool is_whole, End& found) {
     ++counts_.events;
     const auto event = parse(text, is_whole, follower.kind);
     if (!event) return handlers_.changed();
     const std::string type = string_at(*event, {"type"});
     const auto* object_value = event->if_contains("object");
     const auto* object = object_value != nullptr ? object_value->if_object() : nullptr;
+    if (string_at(*event, {"kind"}) == "Status") object = &*event;
     if (object == nullptr) {
-      told.problem = "an event without an object";
+      found = {.problem = "an event without an object", .is_refused = true};
       return;
     }
-    if (type == "ERROR") {
+    if (type == "ERROR" || object == &*event) {
       const auto* code = object->if_contains("code");
       if (code != nullptr && code->is_int64() && code->get_int64() == 410)
-        told.is_expired = true;
+        found.is_expired = true;
       else
-        told.problem = fmt::format("the watch failed: {}", string_at(*object, {"message"}));
+        found = {.problem = fmt::format("the watch failed: {}", string_at(*object, {"message"})), .is_refused = true};
       return;
     }
-    const std::string version = string_at(*object, {"metadata", "resourceVersion"});
-    if (type == "BOOKMARK")
-      store_.bookmark(follower.kind, number(version));
-    else if (type == "ADDED" || type == "MODIFIED" || type == "DELETED")
+    const bool is_bookmark = type == "BOOKMARK";
+    if (!is_bookmark && type != "ADDED" && type != "MODIFIED" && type != "DELETED") {
+      found = {.problem = fmt::format("an event of the unknown type {}", config::quoted(type)), .is_refused = true};
+      return;
+    }
+    const std::string version_text = string_at(*object, {"metadata", "resourceVersion"});
+    const std::uint64_t version = number(version_text);
+    if (version != 0 && version < number(follower.version)) doubt(follower, found);
+    if (is_bookmark)
+      store_.bookmark(follower.kind, version);
+    else if (type == "DELETED" || is_asked_for(follower, *object))
       store_.apply(follower.kind,
                    type == "ADDED"      ? Event::added
                    : type == "MODIFIED" ? Event::modified
                                         : Event::deleted,
                    *object);
     // An old event that comes late must not lead back.
-    if (number(version) == 0 || number(version) > number(follower.version))
-      if (!version.empty()) follower.version = version;
-    if (type != "BOOKMARK") handlers_.changed();
+    if (!version_text.empty() && (version == 0 || version > number(follower.version))) {
+      follower.version = version_text;
+      follower.seen = std::max(follower.seen, version);
+      follower.has_brought_news = true;
+      all_is_well(follower);
+    }
+    if (!is_bookmark) handlers_.changed();
+  }
+
+  /// What comes is older than what has come, as an API server never sends it: something between here and there is out
+  /// of order, or the server's data was restored. A list tells; but not all the time.
+  void doubt(Follower& follower, End& found) {
+    const auto now = Clock::now();
+    if (now >= follower.next_doubt) {
+      follower.next_doubt = now + pace_.max_pause;
+      found.is_doubted = true;
+    } else if (!std::exchange(follower.is_doubted, true)) {
+      follower.connection->limit(follower.next_doubt - now);
+    }
+  }
+
+  /// A server may answer with more than it was asked for: that is nobody's business here. The first such object is
+  /// told.
+  bool is_asked_for(Follower& follower, const boost::json::object& object) {
+    const std::string space = string_at(object, {"metadata", "namespace"});
+    const bool is_elsewhere = !space_.empty() && space != space_;
+    const auto has_labels = [&] {
+      const auto* metadata = object.if_contains("metadata");
+      const auto* labels =
+          metadata != nullptr && metadata->is_object() ? metadata->get_object().if_contains("labels") : nullptr;
+      return selector_.matches(labels != nullptr && labels->is_object() ? labels->get_object() : boost::json::object());
+    };
+    if (!is_elsewhere && (follower.kind == Kind::slice || has_labels())) return true;
+    const std::string name = fmt::format("{}/{}", space, string_at(object, {"metadata", "name"}));
+    if (!std::exchange(follower.has_told_of_strangers, true))
+      handlers_.tell(true,
+                     fmt::format("kubernetes: {}: {} {}: expected {}, as was asked for: this and its like is ignored",
+                                 access_.origin, follower.kind == Kind::service ? "service" : "endpointslice",
+                                 config::printable(name),
+                                 is_elsewhere ? fmt::format("one of the namespace {}", space_)
+                                              : fmt::format("the labels {}", config::printable(selector_text_))));
+    // One that had the labels before would be left as it was then.
+    if (!is_elsewhere) store_.drop(follower.kind, name);
+    return false;
   }
 
   /// Empty: it cannot be read. Then it is as if it were not there, and the log says so.
@@ -614,8 +767,10 @@ class Watcher final : public Client {
   asio::io_context& io_;
   const Access access_;
   const std::shared_ptr<Plugin> plugin_;
+  Resolver resolver_;
   const std::string space_;
-  const std::string selector_;
+  const std::string selector_text_;
+  const Selector selector_;
   const Pace pace_;
   Store& store_;
   const Handlers handlers_;

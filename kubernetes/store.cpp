@@ -32,7 +32,9 @@ void Store::index(const std::string& name, const Slice* before, const Slice* aft
 template <class Object>
 void Store::put(Objects<Object>& all, const boost::json::object& object, const std::string& name) {
   auto reading = read(all, object);
-  Known<Object>& known = all.objects[name];
+  const auto [found, is_new] = all.objects.try_emplace(name);
+  Known<Object>& known = found->second;
+  if (is_new) known.first_list = all.list;
   known.version = version_of(object);
   known.list = all.list;
   if (reading.problem != known.problem && !reading.problem.empty() && problems_.size() < max_problems)
@@ -107,6 +109,14 @@ void Store::end_list(Objects<Object>& all, std::uint64_t version) {
   all.is_listed = true;
 }
 
+template <class Object>
+void Store::give_up_list(Objects<Object>& all) {
+  std::vector<std::string> gone;
+  for (const auto& [name, known] : all.objects)
+    if (known.first_list == all.list) gone.push_back(name);
+  for (const std::string& name : gone) erase(all, name);
+}
+
 void Store::begin_list(Kind kind) { kind == Kind::service ? ++services_.list : ++slices_.list; }
 
 void Store::list(Kind kind, const boost::json::object& object) {
@@ -122,6 +132,8 @@ void Store::list(Kind kind, const boost::json::object& object) {
 void Store::end_list(Kind kind, std::uint64_t version) {
   kind == Kind::service ? end_list(services_, version) : end_list(slices_, version);
 }
+
+void Store::give_up_list(Kind kind) { kind == Kind::service ? give_up_list(services_) : give_up_list(slices_); }
 
 void Store::apply(Kind kind, Event event, const boost::json::object& object) {
   kind == Kind::service ? apply(services_, event, object) : apply(slices_, event, object);

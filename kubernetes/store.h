@@ -36,6 +36,8 @@ class Store {
   void begin_list(Kind kind);
   void list(Kind kind, const boost::json::object& object);
   void end_list(Kind kind, std::uint64_t version);
+  /// The list is none: what nothing else has told of goes.
+  void give_up_list(Kind kind);
 
   void apply(Kind kind, Event event, const boost::json::object& object);
   /// All events up to `version` have come.
@@ -60,6 +62,7 @@ class Store {
   struct Known {
     std::uint64_t version = 0;
     std::uint64_t list = 0;        // the last list that had it
+    std::uint64_t first_list = 0;  // or that was begun when it was new
     std::optional<Object> object;  // empty: it is there, and none of ours
     std::string problem;           // as it was told
   };
@@ -82,6 +85,8 @@ class Store {
   void erase(Objects<Object>& all, const std::string& name);
   template <class Object>
   void end_list(Objects<Object>& all, std::uint64_t version);
+  template <class Object>
+  void give_up_list(Objects<Object>& all);
   template <class Object>
   void raise_floor(Objects<Object>& all, std::uint64_t version);
 

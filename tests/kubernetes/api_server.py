@@ -66,6 +66,10 @@ class Faults:
 
     def __init__(self):
         self.every_namespace = False  # whichever was asked for
+        self.every_label = False
+        self.refuse = lambda version: None  # asked at the begin of a watch from a version: bytes of its answer instead
+        self.hold = True  # what was answered so does not end by itself
+        self.unlisted = None  # a function: metadata of a list, and its items, to what is sent instead
         self.cut_after = None  # a function: bytes until a connection is cut, or None
         self.expire = lambda: False  # asked before each batch of events: does the watch end with 410?
         self.shuffle = False  # events come twice, and in another order
@@ -88,10 +92,11 @@ class ApiServer:
         self.faults = Faults()
         self.bookmark_every = bookmark_every
         self.made = []  # objects of MADE
-        self.requests = []  # (verb, plural, target)
+        self.requests = []  # (verb, plural, target); the verb "check" is a list of one
+        self.times = []  # of them
         self.connections = set()
         self.accepted = 0
-        self.is_ending = False
+        self.is_ending = self.is_restored = False
         server = self
 
         class Handler(RequestHandler):
@@ -182,6 +187,18 @@ class ApiServer:
             self.snapshots.clear()
             self.lock.notify_all()
 
+    def backup(self):
+        with self.lock:
+            return self.version, {plural: dict(objects) for plural, objects in self.objects.items()}
+
+    def restore(self, taken, is_told=False):
+        """What has happened since then has not, and its versions are given once more. A real one tells watches that stand
+        nothing of it."""
+        with self.lock:
+            self.is_restored = is_told
+            self.version, self.objects = taken[0], {plural: dict(objects) for plural, objects in taken[1].items()}
+            self.compact()
+
     def cut(self):
         """Ends all connections."""
         with self.lock:
@@ -194,6 +211,12 @@ class ApiServer:
     def count(self, verb, plural):
         with self.lock:
             return sum(1 for request in self.requests if request[:2] == (verb, plural))
+
+    def pauses(self, verb, plural):
+        """Seconds from one to the next."""
+        with self.lock:
+            times = [time for request, time in zip(self.requests, self.times) if request[:2] == (verb, plural)]
+        return [after - before for before, after in zip(times, times[1:])]
 
 
 def matches(selector, value):
@@ -275,7 +298,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         name = parts[base + 1] if len(parts) > base + 1 else None
         verb = "get" if name else "watch" if query.get("watch") in ("1", "true") else "list"
         with api.lock:
-            api.requests.append((verb, plural, self.path))
+            is_check = verb == "list" and query.get("limit") == "1" and "continue" not in query
+            api.requests.append(("check" if is_check else verb, plural, self.path))
+            api.times.append(time.monotonic())
         if (verb, plural) in api.faults.forbidden:
             group = KINDS[plural][0]
             message = (f'{plural} is forbidden: User "system:serviceaccount:kube-system:clusterip" cannot {verb} resource '
@@ -284,7 +309,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         selector = query.get("labelSelector", "")
 
         def wanted(key, value):
-            return (namespace is None or api.faults.every_namespace or key[0] == namespace) and (not selector or matches(selector, value))
+            return (namespace is None or api.faults.every_namespace or key[0] == namespace) and (
+                not selector or api.faults.every_label or matches(selector, value))
 
         if verb == "get":
             with api.lock:
@@ -334,7 +360,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         limit = int(query.get("limit") or 0)
         with api.lock:
             if token := query.get("continue"):
-                held = json.loads(base64.urlsafe_b64decode(token))
+                held = json.loads(base64.urlsafe_b64decode(token)) if api.faults.unlisted is None else {"rv": api.version, "start": 0}
                 snapshot = api.snapshots.get((plural, held["rv"]))
                 if snapshot is None:
                     expired = status(410, "Expired", "The provided continue parameter is too old")
@@ -351,8 +377,11 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if end < len(snapshot):
             metadata["continue"] = base64.urlsafe_b64encode(encode({"rv": version, "start": end})).decode()
             metadata["remainingItemCount"] = len(snapshot) - end
+        raw_items = [stored.raw for stored in snapshot[start:end]]
+        if api.faults.unlisted and query.get("limit") != "1":
+            metadata, raw_items = api.faults.unlisted(metadata, raw_items)
         head = encode({"kind": KINDS[plural][1] + "List", "apiVersion": api_version(plural), "metadata": metadata})
-        items = b",".join(stored.raw for stored in snapshot[start:end])
+        items = b",".join(raw_items)
         self.answer(None, raw=head[:-1] + b',"items":[' + items + b"]}\n")
 
     def chunk(self, data):
@@ -370,6 +399,13 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         version = int(query.get("resourceVersion") or 0)
         until = time.monotonic() + int(query.get("timeoutSeconds") or 1800)
         has_bookmarks = query.get("allowWatchBookmarks") in ("1", "true")
+        if refusal := faults.refuse(version):
+            self.write(refusal)
+            with api.lock:
+                while faults.hold and faults.refuse(version) and not api.is_ending:
+                    api.lock.wait(0.1)
+            raise Cut
+        began = version
         self.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
         expired = {"type": "ERROR", "object": status(410, "Expired", f"too old resource version: {version}")}
         initial = version == 0
@@ -388,7 +424,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 else:
                     log = api.log[plural]
                     if version is not None and held.get("log") is not log:
-                        position = next((i for i, event in enumerate(log) if event.version > version), len(log))
+                        position = 0 if api.is_restored and held else next(
+                            (i for i, event in enumerate(log) if event.version > version), len(log))
                         held["log"] = log
                     events = log[position:]
                     if not events and not late:
@@ -405,6 +442,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 self.write(b"0\r\n\r\n")
                 return
             texts = []
+            # Whoever asks for what is to come hears nothing until versions are there.
+            events = [event for event in events if event.stored is None or event.version > began or api.is_restored]
             for event in events:
                 version = max(version, event.version)
                 if event.stored is None:

@@ -45,7 +45,9 @@ boost::json::array shown(const std::vector<config::Service>& services) {
 
 int main(int count, char** words) {
   config::Kubernetes choices;
-  kubernetes::Pace pace{.first_pause = std::chrono::milliseconds(20), .max_pause = std::chrono::milliseconds(200)};
+  kubernetes::Pace pace{.first_pause = std::chrono::milliseconds(20),
+                        .max_pause = std::chrono::milliseconds(200),
+                        .proof = std::chrono::milliseconds(500)};
   const std::map<std::string, std::function<void(const std::string&)>> keys = {
       {"kubeconfig", [&](const std::string& value) { choices.kubeconfig = value; }},
       {"context", [&](const std::string& value) { choices.context = value; }},
@@ -57,6 +59,11 @@ int main(int count, char** words) {
       {"node", [&](const std::string& value) { choices.node = value; }},
       {"page", [&](const std::string& value) { pace.page = std::stoul(value); }},
       {"exec_time", [&](const std::string& value) { pace.exec_time = std::chrono::seconds(std::stol(value)); }},
+      {"max_objects", [&](const std::string& value) { pace.max_objects = std::stoul(value); }},
+      {"proof", [&](const std::string& value) { pace.proof = std::chrono::milliseconds(std::stol(value)); }},
+      {"first_pause",
+       [&](const std::string& value) { pace.first_pause = std::chrono::milliseconds(std::stol(value)); }},
+      {"max_pause", [&](const std::string& value) { pace.max_pause = std::chrono::milliseconds(std::stol(value)); }},
       {"patience", [&](const std::string& value) { pace.patience = std::chrono::seconds(std::stol(value)); }},
       {"watch_time", [&](const std::string& value) { pace.watch_time = std::chrono::seconds(std::stol(value)); }},
   };

@@ -2,6 +2,7 @@
 """kubernetes/ beside an API server that does what real ones do on bad days. ctest sets CLUSTERIP_BUILD."""
 
 import base64
+import itertools
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ import threading
 import time
 import unittest
 
-from api_server import ApiServer
+from api_server import ApiServer, encode, status
 
 WATCH = pathlib.Path(os.environ["CLUSTERIP_BUILD"]) / "tests/kubernetes/kubernetes_watch"
 PATIENCE = 60  # seconds; nothing here takes one on an idle machine
@@ -179,11 +180,45 @@ class Following(Stage):
     def test_goes_on_when_the_server_ends_a_watch_in_good_order(self):
         server = self.serve()
         server.put("services", service("web", 1))
-        watch = self.watch(server=server.url, watch_time=1)
+        watch = self.watch(server=server.url, watch_time=1, first_pause=3600000)  # without one
         watch.wait("a list", lambda: watch.batches)
         watch.wait("three watches", lambda: server.count("watch", "services") >= 3)
         self.assertEqual(server.count("list", "services"), 1)
         self.assertEqual(watch.log, [])
+
+
+    def test_what_was_not_asked_for_is_ignored_with_one_line(self):
+        server = self.serve()
+        server.faults.every_namespace = server.faults.every_label = True
+        for namespace in ("one", "two", "three"):
+            for name in ("web", "db"):
+                server.put("services", service(name, len(namespace) + 10 * len(name), namespace))
+                server.put("endpointslices", slice_of(name, [len(namespace)], namespace=namespace))
+        watch = self.watch(server=server.url, namespace="one", selector="app in (web, api),!old")
+        watch.wait("a list", lambda: watch.batches)
+        server.put("endpointslices", slice_of("web", [7], namespace="two"))
+        server.put("endpointslices", slice_of("web", [8], namespace="one"))
+        watch.wait("a change", lambda: watch.backends("one/web") == [address(8)])
+        self.assertEqual(set(watch.state), {"one/web"})
+        self.assertEqual(watch.status()["services"], 1)
+        told = [line.removeprefix(f"kubernetes: {server.url}: ") for line in watch.log]
+        self.assertIn("endpointslice three/db-0: expected one of the namespace one, as was asked for: this and its like is ignored", told)
+        self.assertEqual(len(told), 2, told)  # one for services
+        relabelled = service("web", 33, "one")
+        relabelled["metadata"]["labels"]["old"] = ""
+        server.put("services", relabelled)
+        watch.wait("its end", lambda: not watch.state)
+
+    @unittest.skipUnless(os.geteuid() == 0 or os.environ.get("CLUSTERIP_REQUIRE_PRIVILEGE") == "1", "needs root")
+    def test_name_servers_that_are_silent_are_told_and_waited_for_no_longer(self):
+        (self.directory / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:5\n")
+        keeps_silent = ("import os, socket, sys; one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); one.bind(('127.0.0.1', 53)); "
+                        "one.set_inheritable(True); os.execv(sys.argv[1], sys.argv[1:])")
+        script = (f"set -e; ip link set lo up; mount --bind {self.directory}/resolv.conf /etc/resolv.conf; "
+                  f'exec python3 -c "{keeps_silent}" "$@"')
+        watch = self.watch(server="https://api.test:6443", patience=1, wrap=["unshare", "--net", "--mount", "sh", "-c", script, "sh"])
+        watch.wait("a line", lambda: any("services: api.test: no name server answers in time" in line for line in watch.log))
+        watch.wait("more attempts", lambda: watch.status()["failures"] >= 4)
 
 
 class BadDays(Stage):
@@ -215,6 +250,138 @@ class BadDays(Stage):
         watch.wait("the change", lambda: watch.backends("default/web") == [address(7)])
         watch.wait("the deletion", lambda: "default/gone" not in watch.state)
         self.assertEqual(server.count("list", "services"), 2)
+
+    def test_data_that_was_restored_is_taken_as_it_is(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        server.put("services", service("gone", 2))
+        server.put("endpointslices", slice_of("web", [1]))
+        taken = server.backup()
+        watch = self.watch(server=server.url)
+        watch.wait("a list", lambda: watch.batches)
+        server.delete("services", "default", "gone")
+        server.put("services", service("late", 3))
+        for pod in range(2, 10):
+            server.put("endpointslices", slice_of("web", [pod]))
+        watch.wait("the changes", lambda: watch.backends("default/web") == [address(9)] and set(watch.state) == {"default/web", "default/late"})
+        with server.lock:
+            server.restore(taken)
+            server.cut()
+        watch.wait("the old state", lambda: watch.backends("default/web") == [address(1)] and set(watch.state) == {"default/web", "default/gone"})
+        watch.wait("a line", lambda: any("its data is older than before" in line for line in watch.log))
+        self.expect_state_of_a_fresh_list(watch, server)
+
+    def test_versions_that_go_back_while_all_is_watched_are_noticed(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        taken = server.backup()
+        watch = self.watch(server=server.url, page=50)
+        watch.wait("a list", lambda: watch.batches)
+        for number in range(2, 10):
+            server.put("services", service("web", number))
+        watch.wait("the changes", lambda: watch.state["default/web"][0]["vip"] == "10.96.0.10:80")
+        server.restore(taken, is_told=True)
+        server.put("services", service("web", 100))
+        watch.wait("the change", lambda: watch.state["default/web"][0]["vip"] == "10.96.0.101:80")
+        self.expect_state_of_a_fresh_list(watch, server)
+
+    def test_a_server_with_lower_versions_in_its_place_is_noticed(self):
+        server = self.serve()
+        server.version = 5000
+        server.put("services", service("web", 1))
+        watch = self.watch(server=server.url)
+        watch.wait("a list", lambda: watch.batches)
+        port = server.port
+        server.end()
+        again = self.serve(port=port)
+        again.put("services", service("other", 2))
+        watch.wait("the new server's", lambda: set(watch.state) == {"default/other"})
+
+    def test_a_version_that_is_refused_each_time_leads_to_a_fresh_list(self):
+        error = status(500, "InternalError", "no such revision")
+        begin = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
+        for form, answer in (("an event, and no end", begin + encode({"type": "ERROR", "object": error})),
+                             ("a status, and no end", begin + encode(error)),
+                             ("an unknown event, and no end", begin + encode({"type": "NEWS", "object": service("web", 1)})),
+                             ("another status", b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n")):
+            with self.subTest(form):
+                server = self.serve()
+                server.put("services", service("web", 1))
+                watch = self.watch(server=server.url)
+                watch.wait("a list", lambda: watch.batches)
+                watch.wait("a watch", lambda: server.count("watch", "services") and server.count("watch", "endpointslices"))
+                with server.lock:
+                    bad = server.version
+                    server.faults.refuse = lambda version: answer if version <= bad else None
+                    server.cut()
+                    server.put("services", service("web", 2))
+                watch.wait("the change", lambda: watch.state["default/web"][0]["vip"] == "10.96.0.3:80")
+                watch.wait("word that all is well", lambda: sum("watched again" in line for line in watch.log) == 2)
+
+    def expect_pauses_that_grow(self, server, watch, verb):
+        """From 20 ms on, each up to twice as long as the one before; no pause is too long on a machine that is busy."""
+        watch.wait("some attempts", lambda: len(server.pauses(verb, "services")) >= 7)
+        self.assertGreater(server.pauses(verb, "services")[6], 0.3)
+
+    def test_watches_that_are_cut_at_once_are_failures(self):
+        for form, end in (("cut", b""), ("ended", b"0\r\n\r\n")):
+            with self.subTest(form):
+                server = self.serve()
+                server.put("services", service("web", 1))
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + end
+                server.faults.refuse, server.faults.hold = lambda version: head, False
+                watch = self.watch(server=server.url, max_pause=5000, proof=60000)
+                self.expect_pauses_that_grow(server, watch, "watch")
+                lines = [line for line in watch.log if ": services: " in line]
+                self.assertEqual(len(lines), 1, watch.log)
+                self.assertIn("services: a watch ends as soon as it has begun", lines[0])
+                self.assertIn("a watch ends as soon as it has begun", watch.status()["problem"])
+                server.faults.refuse = lambda version: None
+                server.put("services", service("web", 2))
+                watch.wait("the change", lambda: watch.state["default/web"][0]["vip"] == "10.96.0.3:80")
+                watch.wait("word that all is well", lambda: any("services: watched again" in line for line in watch.log))
+
+    def test_410_each_time_is_no_reason_to_hurry(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        server.faults.expire = lambda: True
+        watch = self.watch(server=server.url, max_pause=5000, proof=60000)
+        self.expect_pauses_that_grow(server, watch, "list")
+        self.assertEqual(sum("services: 410: what was listed is forgotten before it is watched" in line for line in watch.log), 1)
+        server.faults.expire = lambda: False
+        server.put("services", service("web", 2))
+        watch.wait("the change", lambda: watch.state["default/web"][0]["vip"] == "10.96.0.3:80")
+
+    def test_a_list_that_does_not_end_is_left(self):
+        numbers = itertools.count()
+
+        def same_page(metadata, items):
+            return {**metadata, "continue": "bm90aGluZw"}, items
+
+        def pages_of_nothing(metadata, _):
+            return {**metadata, "continue": f"page{next(numbers)}"}, []
+
+        def new_objects(metadata, _):
+            return {**metadata, "continue": f"page{next(numbers)}"}, [
+                encode({"kind": "Service", **service(f"x{next(numbers)}", 7)}) for _ in range(5)]
+
+        def one_page(metadata, _):
+            return metadata, [encode({"kind": "Service", **service(f"x{next(numbers)}", 7)}) for _ in range(100)]
+        for form, expected in ((same_page, "it names the same page twice"), (pages_of_nothing, "more than 36 pages"),
+                               (new_objects, "more than 50 objects"), (one_page, "more than 50 objects")):
+            with self.subTest(form.__name__):
+                server = self.serve()
+                server.put("services", service("web", 1))
+                server.faults.unlisted = form
+                watch = self.watch(server=server.url, page=5, max_objects=50, max_pause=500)
+                watch.wait("a line", lambda: any(": services: the list does not end: " + expected in line for line in watch.log))
+                failures = watch.status()["failures"]
+                watch.wait("more attempts", lambda: watch.status()["failures"] > failures + 4)
+                self.assertEqual(sum(": services: " in line for line in watch.log), 1, watch.log)
+                self.assertLessEqual(watch.status()["services"], 50)
+                server.faults.unlisted = None
+                watch.wait("the service", lambda: set(watch.state) == {"default/web"})
+                self.assertEqual(watch.status()["services"], 1)
 
     def test_a_page_that_expires_begins_the_list_again(self):
         server = self.serve()
