@@ -416,6 +416,8 @@ void Reader::kubernetes(const Value& value, Config& out) {
   only("context", has_file, "a kubeconfig that it is of");
   for (const std::string_view key : {"server", "ca_file", "token_file"})
     only(key, !has_file, "none, as the kubeconfig has it");
+  if (kubernetes.server.starts_with("http://"))
+    only("token_file", has_file, "none, as http:// would send the token in clear");
   std::vector<std::string> names = kubernetes.namespaces;
   std::ranges::sort(names);
   if (std::ranges::adjacent_find(names) != names.end()) only("namespaces", false, "each namespace once");

@@ -97,7 +97,9 @@ config::Result<Access> find_access(const config::Kubernetes& choices) {
                          port);
   auto access = parse_server(server);
   if (!access) return config::fail(-EINVAL, fmt::format("kubernetes.server: {}", access.error().message));
-  if (!access->is_tls) return access;
+  if (!access->is_tls && !choices.token_file.empty())
+    return config::fail(-EINVAL, "kubernetes.token_file: expected none, as http:// would send the token in clear");
+  if (!access->is_tls) return access;  // and the account's is not sent
 
   const std::string account_ca = fmt::format("{}/ca.crt", account);
   const std::string account_token = fmt::format("{}/token", account);

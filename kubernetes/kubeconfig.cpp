@@ -119,6 +119,12 @@ Access read(const YAML::Node& root, const std::string& context, const std::strin
   for (const char* key : {"username", "password", "auth-provider"})
     if (user[key].IsDefined() && !user[key].IsNull())
       throw Fault{fmt::format("{}: expected a token, a client certificate or exec", key)};
+  // kubectl leaves them unused without a word; nothing here is done otherwise than it was asked for.
+  const bool has_credentials =
+      !access->certificate.empty() || !access->token.empty() || !access->token_file.empty() || access->exec;
+  if (!access->is_tls && has_credentials)
+    throw Fault{fmt::format("user {}: expected none with credentials, as http:// would send them in clear, or https://",
+                            config::quoted(user_name))};
   return std::move(*access);
 }
 

@@ -70,6 +70,8 @@ const Row rows[] = {
      "2:10: kubernetes.server: expected a URL such as \"https://10.0.0.1:6443\", got \"10.0.0.1:6443\""},
     {"[kubernetes]\nkubeconfig = \"/a\"\nserver = \"https://a\"",
      "3:1: kubernetes.server: expected none, as the kubeconfig has it, got \"https://a\""},
+    {"[kubernetes]\nserver = \"http://127.0.0.1:8001\"\ntoken_file = \"/a\"",
+     "3:1: kubernetes.token_file: expected none, as http:// would send the token in clear, got \"/a\""},
     {"[kubernetes]\ncontext = \"a\"", "2:1: kubernetes.context: expected a kubeconfig that it is of, got \"a\""},
     {"[kubernetes]\nnamespaces = [\"a\", \"b\", \"a\"]",
      "2:1: kubernetes.namespaces: expected each namespace once, got an array"},

@@ -62,6 +62,36 @@ TEST(KubernetesAccess, ReadsExecCredentials) {
     EXPECT_FALSE(parse_credentials(text)) << text;
 }
 
+TEST(KubernetesAccess, CredentialsDoNotGoInClear) {
+  config::Kubernetes choices;
+  choices.server = "http://127.0.0.1:8001";
+  ASSERT_TRUE(find_access(choices));
+  EXPECT_EQ(find_access(choices)->token_file, "");
+  choices.token_file = "/token";
+  const auto with_a_file = find_access(choices);
+  ASSERT_FALSE(with_a_file);
+  EXPECT_EQ(with_a_file.error().message,
+            "kubernetes.token_file: expected none, as http:// would send the token in clear");
+
+  const auto with = [](const std::string& scheme, const std::string& user) {
+    return read_kubeconfig(
+        "{current-context: a, contexts: [{name: a, context: {cluster: b, user: c}}], "
+        "clusters: [{name: b, cluster: {server: \"" +
+            scheme + "://127.0.0.1:8001\"}}], users: [{name: c, user: {" + user + "}}]}",
+        "", "/");
+  };
+  EXPECT_TRUE(with("http", ""));
+  for (const std::string user :
+       {"token: t", "tokenFile: /t", "exec: {command: x, apiVersion: client.authentication.k8s.io/v1}",
+        "client-certificate-data: YQ==, client-key-data: YQ=="}) {
+    EXPECT_TRUE(with("https", user)) << user;
+    const auto access = with("http", user);
+    ASSERT_FALSE(access) << user;
+    EXPECT_EQ(access.error().message,
+              "user \"c\": expected none with credentials, as http:// would send them in clear, or https://");
+  }
+}
+
 TEST(KubernetesAccess, KubeconfigOfAnotherKindIsRefusedWithItsPlace) {
   for (const char* text :
        {"", "[]", "7", "clusters: 7", "current-context: a", "a: [", "a: b: c", "\xff\xfe", "&a [*a]"}) {
