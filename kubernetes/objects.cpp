@@ -9,6 +9,7 @@
 #include <boost/json/value.hpp>
 #include <cerrno>
 #include <charconv>
+#include <set>
 #include <utility>
 
 #include "config/fail.h"
@@ -166,22 +167,41 @@ std::optional<ServicePort> read_port(Reader& reader, const json::object& in, con
   return port;
 }
 
-void read_addresses(Reader& reader, const json::object& in, std::string_view key, std::vector<config::Address>& out) {
+/// What the API server refuses for endpoints and external addresses, too: whoever may write those would reach what
+/// listens on this machine for itself alone, or what answers on its link (the metadata of a cloud).
+std::string assigned_fault(const config::Address& address) {
+  if (std::string fault = config::vip_fault(address); !fault.empty()) return fault;
+  if (address.is_loopback()) return "an address that other machines reach, not a loopback one";
+  if (!address.is_v4()) return "";
+  const std::uint32_t v4 = address.to_v4().to_uint();
+  if (v4 >> 16 == 0xa9fe) return "an address that other machines reach, not a link-local one";
+  if (v4 >> 24 == 0) return "an address that other machines reach, not one of \"this network\"";
+  return "";
+}
+
+/// Each once, in their order.
+void add_address(const std::optional<config::Address>& address, std::set<config::Address>& seen,
+                 std::vector<config::Address>& out) {
+  if (address && seen.insert(*address).second) out.push_back(*address);
+}
+
+void read_addresses(Reader& reader, const json::object& in, std::string_view key,
+                    std::string (*fault)(const config::Address&), std::vector<config::Address>& out) {
+  std::set<config::Address> seen;
   reader.elements(in, key, fmt::format("spec.{}", key), [&](const json::value& element, const std::string& path) {
-    const auto address = reader.address(&element, config::vip_fault, path);
-    if (address && std::ranges::find(out, *address) == out.end()) out.push_back(*address);
+    add_address(reader.address(&element, fault, path), seen, out);
   });
 }
 
 /// Those that the API server says are reached by way of the node, and that are open to everybody.
 void read_load_balancer(Reader& reader, const json::object& object, std::vector<config::Address>& out) {
   const json::object& status = object_in(object_in(object, "status"), "loadBalancer");
+  std::set<config::Address> seen;
   reader.objects(
       status, "ingress", "status.loadBalancer.ingress", [&](const json::object& ingress, const std::string& path) {
         const json::value* ip = find(ingress, "ip");  // else it has a name, which nobody connects to by its address
         if (ip == nullptr || text_in(ingress, "ipMode") == "Proxy") return;
-        const auto address = reader.address(ip, config::vip_fault, path + ".ip");
-        if (address && std::ranges::find(out, *address) == out.end()) out.push_back(*address);
+        add_address(reader.address(ip, config::vip_fault, path + ".ip"), seen, out);
       });
   const json::value* ranges = find(object_in(object, "spec"), "loadBalancerSourceRanges");
   if (!out.empty() && ranges != nullptr && ranges->is_array() && !ranges->get_array().empty()) {
@@ -223,7 +243,7 @@ void read_endpoint(Reader& reader, const json::object& in, bool is_v4, const con
   // They are interchangeable, by the API's own word; kube-proxy takes the first.
   const bool any = addresses != nullptr && addresses->is_array() && !addresses->get_array().empty();
   const json::value* first = any ? &addresses->get_array().front() : nullptr;
-  const auto address = reader.address(first, config::unicast_fault, path + ".addresses[0]");
+  const auto address = reader.address(first, assigned_fault, path + ".addresses[0]");
   if (!address) return;
   if (address->is_v4() != is_v4)
     return reader.mistake(path + ".addresses[0]", fmt::format("an IPv{} address", is_v4 ? 4 : 6), first);
@@ -288,7 +308,7 @@ Reading<Service> read_service(const json::object& object, const config::Kubernet
 
   Service service;
   service.name = std::move(*name);
-  read_addresses(reader, spec, "clusterIPs", service.cluster_ips);
+  read_addresses(reader, spec, "clusterIPs", config::vip_fault, service.cluster_ips);
   if (service.cluster_ips.empty() && reader.count() == 0) {
     if (find(spec, "clusterIP") == nullptr || cluster_ip.empty()) return {};  // none is allocated yet
     if (const auto address = reader.address(find(spec, "clusterIP"), config::vip_fault, "spec.clusterIP"))
@@ -305,15 +325,15 @@ Reading<Service> read_service(const json::object& object, const config::Kubernet
   if (reader.count() != 0) return {.object = {}, .problem = reader.problem(skipped)};
 
   // From here on, what is wrong is skipped, and the rest is served.
+  std::set<std::pair<std::uint16_t, config::Protocol>> ports;
   reader.objects(spec, "ports", "spec.ports", [&](const json::object& in, const std::string& path) {
     auto port = read_port(reader, in, path);
     if (!port) return;
-    const auto same = [&](const ServicePort& one) { return one.port == port->port && one.protocol == port->protocol; };
-    if (std::ranges::any_of(service.ports, same))
+    if (!ports.emplace(port->port, port->protocol).second)
       return reader.mistake(path, "each port once per protocol", &in.at("port"));
     service.ports.push_back(std::move(*port));
   });
-  if (choices.external_ips) read_addresses(reader, spec, "externalIPs", service.external_ips);
+  if (choices.external_ips) read_addresses(reader, spec, "externalIPs", assigned_fault, service.external_ips);
   if (choices.load_balancer_ips) read_load_balancer(reader, object, service.load_balancer_ips);
   return {.object = std::move(service), .problem = reader.problem("that part of it is skipped")};
 }
@@ -340,9 +360,14 @@ Reading<Slice> read_slice(const json::object& object, const config::Kubernetes& 
 
   Slice slice;
   slice.service = fmt::format("{}/{}", name->substr(0, name->find('/')), std::string_view(service->get_string()));
+  std::set<std::pair<std::string, config::Protocol>> names;
   reader.objects(object, "ports", "ports", [&](const json::object& in, const std::string& path) {
     if (find(in, "port") == nullptr || text_in(in, "protocol") == "SCTP") return;  // the service's port tells of SCTP
-    if (auto port = read_port(reader, in, path)) slice.ports.push_back(std::move(*port));
+    auto port = read_port(reader, in, path);
+    if (!port) return;
+    if (!names.emplace(port->name, port->protocol).second)
+      return reader.mistake(path + ".name", "each name once per protocol", find(in, "name"));
+    slice.ports.push_back(std::move(*port));
   });
   const json::value* endpoints = find(object, "endpoints");
   if (!slice.ports.empty() && endpoints != nullptr && endpoints->is_array())

@@ -5,6 +5,9 @@
 
 #include <algorithm>
 #include <functional>
+#include <map>
+#include <set>
+#include <string_view>
 #include <tuple>
 #include <utility>
 
@@ -12,6 +15,10 @@
 
 namespace kubernetes {
 namespace {
+
+// Of one object, beyond what any cluster has; without a bound, a few megabytes of text would become gigabytes.
+constexpr std::size_t max_services = 16384;
+constexpr std::size_t max_endpoints = std::size_t{1} << 20;
 
 /// An endpoint of one port of the service, with the port that the pod has.
 struct Candidate {
@@ -21,17 +28,28 @@ struct Candidate {
 
 bool is_last_resort(const Endpoint& endpoint) { return endpoint.is_serving && endpoint.is_terminating; }
 
+/// Where slices have a port of this name and protocol, and under which number.
+using Places =
+    std::map<std::pair<std::string_view, config::Protocol>, std::vector<std::pair<const Slice*, std::uint16_t>>>;
+
+Places places_of(const Service& service, std::span<const Slice* const> slices) {
+  Places places;
+  for (const ServicePort& port : service.ports) places.try_emplace({port.name, port.protocol});
+  for (const Slice* slice : slices) {
+    for (const ServicePort& one : slice->ports)
+      if (const auto found = places.find({one.name, one.protocol}); found != places.end())
+        found->second.emplace_back(slice, one.port);
+  }
+  return places;
+}
+
 /// Sorted by address and port, each once: while a controller moves an endpoint it is in two slices. The better one
 /// counts.
-std::vector<Candidate> candidates(std::span<const Slice* const> slices, const ServicePort& port, bool is_v4) {
+std::vector<Candidate> candidates(std::span<const std::pair<const Slice*, std::uint16_t>> places, bool is_v4) {
   std::vector<Candidate> found;
-  for (const Slice* slice : slices) {
-    for (const ServicePort& one : slice->ports) {
-      if (one.name != port.name || one.protocol != port.protocol) continue;
-      for (const Endpoint& endpoint : slice->endpoints) {
-        if (endpoint.address.is_v4() == is_v4) found.push_back({.endpoint = &endpoint, .port = one.port});
-      }
-    }
+  for (const auto& [slice, port] : places) {
+    for (const Endpoint& endpoint : slice->endpoints)
+      if (endpoint.address.is_v4() == is_v4) found.push_back({.endpoint = &endpoint, .port = port});
   }
   const auto order = [](const Candidate& one) {
     const Endpoint& e = *one.endpoint;
@@ -93,18 +111,32 @@ std::vector<config::Backend> backends(std::span<const Candidate> all, bool is_lo
 
 class Translator {
  public:
-  Translator(const Service& service, std::span<const Slice* const> slices) : service_(service), slices_(slices) {}
+  Translator(const Service& service, std::span<const Slice* const> slices)
+      : service_(service), places_(places_of(service, slices)) {}
 
   /// What is sent to an external address from here is for any endpoint, as kube-proxy has it: externalTrafficPolicy is
   /// about what comes from outside.
   void add(const config::Address& vip, const std::string& suffix, bool is_local) {
     for (const ServicePort& port : service_.ports) {
+      if (is_full_) return;
       std::string name = fmt::format("{}:{}/{}{}", service_.name, port.port,
                                      config::name_of(config::protocol_names, port.protocol), suffix);
       if (name.size() > config::max_name_length) {
-        result_.problems.push_back(fmt::format("service {}: expected a name of at most {} characters, got {}: skipped",
-                                               service_.name, config::max_name_length, name));
+        if (!std::exchange(has_told_of_names_, true))
+          result_.problems.push_back(
+              fmt::format("service {}: expected a name of at most {} characters, got {}: skipped", service_.name,
+                          config::max_name_length, name));
         continue;
+      }
+      const auto& places = places_.at({port.name, port.protocol});
+      for (const auto& [slice, number] : places) endpoints_ += slice->endpoints.size();
+      if (result_.services.size() == max_services || endpoints_ > max_endpoints) {
+        is_full_ = true;
+        result_.problems.push_back(fmt::format(
+            "service {}: expected at most {} addresses times ports, and {} endpoints of them all: {} and the "
+            "rest of them are skipped",
+            service_.name, max_services, max_endpoints, name));
+        return;
       }
       config::Service& added = result_.services.emplace_back();
       added.name = std::move(name);
@@ -113,7 +145,7 @@ class Translator {
       added.protocol = port.protocol;
       added.affinity = service_.affinity;
       added.client = config::Client::netns;  // a pod's address is its network namespace's
-      added.backends = backends(candidates(slices_, port, vip.is_v4()), is_local);
+      added.backends = backends(candidates(places, vip.is_v4()), is_local);
       if (added.backends.size() > config::max_backends_per_service) {
         result_.problems.push_back(fmt::format("service {}: expected at most {} endpoints, got {}: the rest is skipped",
                                                added.name, config::max_backends_per_service, added.backends.size()));
@@ -126,8 +158,11 @@ class Translator {
 
  private:
   const Service& service_;
-  const std::span<const Slice* const> slices_;
+  const Places places_;
   Translation result_;
+  std::size_t endpoints_ = 0;  // that were looked at
+  bool is_full_ = false;
+  bool has_told_of_names_ = false;
 };
 
 }  // namespace
@@ -138,12 +173,11 @@ Translation translate(const Service& service, std::span<const Slice* const> slic
     const bool is_first = &vip == &service.cluster_ips.front();
     translator.add(vip, is_first ? "" : vip.is_v4() ? "@ipv4" : "@ipv6", service.is_local);
   }
-  std::vector<config::Address> external = service.external_ips;
-  for (const config::Address& vip : service.load_balancer_ips)
-    if (std::ranges::find(external, vip) == external.end()) external.push_back(vip);
-  for (const config::Address& vip : external)
-    if (std::ranges::find(service.cluster_ips, vip) == service.cluster_ips.end())
-      translator.add(vip, "@" + vip.to_string(), false);
+  std::set<config::Address> seen(service.cluster_ips.begin(), service.cluster_ips.end());
+  for (const auto* external : {&service.external_ips, &service.load_balancer_ips}) {
+    for (const config::Address& vip : *external)
+      if (seen.insert(vip).second) translator.add(vip, "@" + vip.to_string(), false);
+  }
   return translator.take();
 }
 

@@ -20,7 +20,7 @@ SOURCE = pathlib.Path(os.environ["CLUSTERIP_SOURCE"])
 PLUGIN = BUILD / "plugin/libclusterip.so.1"
 VIP = "10.96.96.96"  # no address of any interface, and no route leads there
 PORT = 5201
-BACKENDS = {f"backend{number}": f"127.0.1.{number}:80" for number in (1, 2, 3)}
+BACKENDS = {f"backend{number}": f"10.89.1.{number}:80" for number in (1, 2, 3)}  # addresses of `lo` here
 
 
 def wait_for(what, condition, seconds=30):
@@ -62,6 +62,8 @@ def enter_private_environment():
     if libc.mount(b"bpf", b"/sys/fs/bpf", b"bpf", 0, None) != 0:
         raise OSError(ctypes.get_errno(), "mount bpf")
     run("ip", "link", "set", "lo", "up")
+    for address in BACKENDS.values():
+        run("ip", "addr", "add", f"{address.split(':')[0]}/32", "dev", "lo")
 
 
 class Cgroup:
@@ -141,7 +143,7 @@ def services(**weights):
 def many_services(count):
     """So many more, of one backend each."""
     return "".join(f'[[service]]\nname = "service{number}"\nvip = "10.97.{number // 250}.{number % 250}"\nport = 80\n'
-                   f'backends = [ "127.0.1.1:80" ]\n' for number in range(count))
+                   f'backends = [ "{BACKENDS["backend1"]}" ]\n' for number in range(count))
 
 
 class Client:

@@ -16,7 +16,7 @@ from daemon_test import stage, wait_for
 # Backends by name: each listens at both addresses, for TCP and UDP, and answers with its name and the port.
 NAMES = "ABCD"
 PORTS = (8080, 9090)
-V4 = {name: f"127.0.2.{index}" for index, name in enumerate(NAMES, 1)}
+V4 = {name: f"10.89.2.{index}" for index, name in enumerate(NAMES, 1)}
 V6 = {name: f"fd01::{index}" for index, name in enumerate(NAMES, 1)}
 HTTP = {"name": "http", "port": 8080}
 REFUSED, UNSERVED = "refused", "not served"  # the latter is sent on into a network that leads nowhere
@@ -198,6 +198,8 @@ class Scenario(daemon_test.Stage):
     @classmethod
     def setUpClass(cls):
         stage.set_up(cls)
+        for address in V4.values():
+            stage.run("ip", "addr", "add", f"{address}/32", "dev", "lo")
         for address in V6.values():
             stage.run("ip", "addr", "add", f"{address}/128", "dev", "lo", "nodad")
         cls.answering = Answering()

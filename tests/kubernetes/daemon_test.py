@@ -133,11 +133,11 @@ class Scenario(Stage):
         self.api.delete("services", "default", "local")
         wait_for("one service less", lambda: len(self.status()["services"]) == 2)
         wait_for("refusal", lambda: self.refused("10.96.0.2") if self.engine == "userspace" else True)
-        self.configure("""[[service]]
+        self.configure(f"""[[service]]
             name = "more"
             vip = "10.96.200.2"
             port = 80
-            backends = ["127.0.1.1:80"]""")
+            backends = ["{ONE}:80"]""")
         self.process.send_signal(signal.SIGHUP)
         self.come_from("10.96.200.2", "backend1")
         self.assertEqual(sorted(one["name"] for one in self.status()["services"]), ["default/web:80/tcp", "fixed", "more"])

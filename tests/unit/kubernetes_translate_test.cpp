@@ -361,6 +361,82 @@ TEST(KubernetesSlice, MistakesSkipWhatTheyAreIn) {
   EXPECT_EQ(read.object->endpoints.size(), 2U);
 }
 
+TEST(KubernetesSlice, AddressesThatAreNoPodsAreSkippedAsTheApiServerRefusesThem) {
+  const auto read = [](const std::string& address, const std::string& type) {
+    return read_slice(
+        parse(slice(at(address, "R") + "," + at(type == "IPv4" ? "10.1.0.1" : "fd01::1", "R"), "{'port': 8080}", type)),
+        here);
+  };
+  for (const char* address : {"0.0.0.0", "0.1.2.3", "127.0.0.1", "127.255.0.9", "169.254.169.254", "169.254.0.1",
+                              "224.0.0.1", "239.1.1.1", "255.255.255.255", "192.0.0.8"}) {
+    const auto seen = read(address, "IPv4");
+    EXPECT_THAT(seen.problem, HasSubstr("endpointslice default/web-1: endpoints[0].addresses[0]: expected a"))
+        << address;
+    EXPECT_THAT(seen.problem, HasSubstr(fmt::format("got \"{}\": that part of it is skipped", address)));
+    ASSERT_TRUE(seen.object);
+    EXPECT_EQ(seen.object->endpoints.size(), 1U) << address;
+  }
+  for (const char* address : {"::", "::1", "fe80::1", "ff02::1", "ff0e::1", "::ffff:127.0.0.1", "::ffff:10.1.0.1"}) {
+    const auto seen = read(address, "IPv6");
+    EXPECT_THAT(seen.problem, HasSubstr("endpoints[0].addresses[0]: expected ")) << address;
+    ASSERT_TRUE(seen.object);
+    EXPECT_EQ(seen.object->endpoints.size(), 1U) << address;
+  }
+  for (const char* address : {"1.0.0.1", "126.255.255.255", "128.0.0.1", "169.253.1.1", "169.255.1.1", "240.0.0.1"})
+    EXPECT_EQ(read(address, "IPv4").problem, "") << address;
+}
+
+TEST(KubernetesService, ExternalAddressesOfThisMachineAloneAreSkipped) {
+  const auto read = read_service(parse(web(", 'externalIPs': ['127.0.0.1', '192.0.2.1', '169.254.169.254', '::1']")),
+                                 with_external_ips());
+  EXPECT_THAT(read.problem,
+              HasSubstr("service default/web: spec.externalIPs[0]: expected an address that other machines "
+                        "reach, not a loopback one, got \"127.0.0.1\" (and 2 more)"));
+  ASSERT_TRUE(read.object);
+  EXPECT_THAT(read.object->external_ips, ElementsAre(config::parse_address("192.0.2.1").value()));
+}
+
+TEST(KubernetesSlice, APortsNameIsThereOncePerProtocol) {
+  const auto read = read_slice(parse(slice(at("10.1.0.1"),
+                                           "{'name': 'a', 'port': 1}, {'name': 'a', 'port': 2},"
+                                           "{'name': 'a', 'port': 3, 'protocol': 'UDP'}")),
+                               here);
+  EXPECT_EQ(read.problem,
+            "endpointslice default/web-1: ports[1].name: expected each name once per protocol, got \"a\": "
+            "that part of it is skipped");
+  EXPECT_EQ(read.object.value().ports.size(), 2U);
+}
+
+/// Of objects that no cluster has; each would take minutes and gigabytes if one were looked for in the other.
+TEST(KubernetesService, AbsurdObjectsCostWhatTheyAreLarge) {
+  constexpr int many = 50000;
+  Service one;
+  Slice other;
+  one.name = other.service = "default/web";
+  one.cluster_ips = {config::parse_address("10.96.0.1").value()};
+  for (int i = 0; i < many; ++i) {
+    const auto port = static_cast<std::uint16_t>(1 + i);
+    one.ports.push_back({.name = fmt::format("port{}", i), .protocol = config::Protocol::tcp, .port = port});
+    other.ports.push_back({.name = fmt::format("port{}", many - i), .protocol = config::Protocol::tcp, .port = port});
+    one.external_ips.emplace_back(boost::asio::ip::address_v4(0xc0000000U + static_cast<std::uint32_t>(i)));
+    one.load_balancer_ips.emplace_back(boost::asio::ip::address_v4(0xc6000000U + static_cast<std::uint32_t>(i)));
+  }
+  for (std::uint32_t i = 0; i < 1000; ++i) {
+    Endpoint endpoint;
+    endpoint.address = boost::asio::ip::address_v4(0x0a010000U + i);
+    other.endpoints.push_back(endpoint);
+  }
+  const std::vector<const Slice*> slices(20, &other);
+  const Translation all = translate(one, slices);
+  EXPECT_THAT(all.problems,
+              ElementsAre("service default/web: expected at most 16384 addresses times ports, and 1048576 "
+                          "endpoints of them all: default/web:54/tcp and the rest of them are skipped"));
+  EXPECT_EQ(all.services.size(), 53U);
+  const Translation without_endpoints = translate(one, {});
+  EXPECT_EQ(without_endpoints.services.size(), 16384U);
+  EXPECT_EQ(without_endpoints.problems.size(), 1U);
+}
+
 TEST(KubernetesSlice, AbsurdSizesAndForeignBytesAreSkippedWithAName) {
   std::string many = at("10.1.0.1", "R");
   for (std::size_t i = 0; i < max_endpoints_per_slice; ++i) many += "," + at("10.1.0.1", "R");
