@@ -76,6 +76,9 @@ Place::Place(const std::string& congestion_control, bool veth, const support::Cg
     // Each address of that network is a backend's.
     support::shell("ip route add local 10.128.0.0/10 dev lo");
   });
+  // A VIP needs a way out until a rule has changed it to a backend, and the client an address in the cluster's network.
+  // A proxy's VIPs are local, which comes first.
+  if (!veth) support::shell("ip addr add 10.244.0.1/32 dev lo; ip route add 10.96.0.0/16 dev lo src 10.244.0.1");
 }
 
 void Place::at_the_backends(const std::function<void()>& body) const {
