@@ -208,7 +208,6 @@ bool run(const Choice& choice) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc == 4 && std::string_view(argv[1]) == bench::host_command) return bench::serve_as_host(argv[2], argv[3]);
   Choice choice;
   std::string only;
   std::string peers;
@@ -233,6 +232,10 @@ int main(int argc, char** argv) {
       "of every connection; bbr, the default of some hosts, paces what never leaves the machine");
   add("json", po::value(&choice.json)->value_name("FILE"), "write every figure there too");
   try {
+    if (argc == 4 && std::string_view(argv[1]) == bench::host_command) {
+      bench::serve_as_host(argv[2], argv[3]);
+      return 0;
+    }
     po::variables_map given;
     po::store(po::parse_command_line(argc, argv, options), given);
     po::notify(given);

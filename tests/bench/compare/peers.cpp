@@ -335,15 +335,14 @@ std::uint32_t backend(std::uint32_t number) { return 0x0a800001 + number; }  // 
 sockaddr_in vip_endpoint(std::uint32_t service) { return endpoint(vip(service), vip_port); }
 sockaddr_in backend_endpoint(std::uint32_t number) { return endpoint(backend(number), backend_port); }
 
-int serve_as_host(const char* file, const char* cgroup) {
+void serve_as_host(const char* file, const char* cgroup) {
   clusterip_error error{
       .size = sizeof(clusterip_error), .code = 0, .line = 0, .column = 0, .reserved = 0, .message = {}};
   const clusterip_options options{sizeof options, cgroup, nullptr, 0, 0};
   clusterip* handle = nullptr;
   check(clusterip_open(&options, &handle, &error), error);
   check(clusterip_load_file(handle, file, &error), error);
-  check(clusterip_attach(handle, &error), error);
-  return 0;  // the kernel takes it away with the process
+  check(clusterip_attach(handle, &error), error);  // the kernel takes it away with the process
 }
 
 void Running::replace_backend(std::uint32_t, std::uint32_t) { throw std::logic_error("it cannot"); }

@@ -84,8 +84,8 @@ struct Peer {
 };
 
 /// The whole work of a host that has the plugin serve this file: the `start_up` of the fast path, in a process of its
-/// own.
-int serve_as_host(const char* file, const char* cgroup);
+/// own. Throws what the plugin says.
+void serve_as_host(const char* file, const char* cgroup);
 inline constexpr const char* host_command = "serve-as-host";
 
 /// Everybody whom this program can measure, in the order of the tables.
