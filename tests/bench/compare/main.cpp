@@ -37,9 +37,6 @@ struct Choice {
   std::vector<std::string> measures;
   std::vector<std::string> peers;
   std::string json;
-  std::string congestion_control;
-  std::string stage;
-  unsigned rounds = 0;
   bench::Options options;
 };
 
@@ -99,7 +96,7 @@ class Part {
   Part(const Choice& choice, const bench::Measure& measure, const bench::Peer& peer) : measure_(measure) {
     attempt([&] {
       stage_ = std::make_unique<bench::Stage>(
-          choice.congestion_control, choice.stage == "veth",
+          choice.options.congestion_control, choice.options.stage == "veth",
           [&](const bench::Place& place) { return measure.set_up(peer, choice.options, place); });
     });
   }
@@ -149,6 +146,12 @@ std::vector<bench::Trial> one_round(const Choice& choice, const bench::Measure& 
   return trials;
 }
 
+/// Rather before anything is measured than after.
+void check_json(const Choice& choice) {
+  if (!choice.json.empty() && !std::ofstream(choice.json, std::ios::app))
+    throw po::error(choice.json + " cannot be written");
+}
+
 /// After each measure, so that an interrupt loses one of them at most.
 void write_json(const Choice& choice, const std::vector<bench::Series>& series) {
   if (choice.json.empty()) return;
@@ -167,11 +170,11 @@ std::vector<bench::Series> measure(const Choice& choice, const std::vector<const
     std::vector<bench::Series> series;
     for (const bench::Peer* peer : taking_part)
       series.push_back({.measure = measure, .peer = peer->name, .trials = {}});
-    for (unsigned round = 0; round < choice.rounds; ++round) {
+    for (unsigned round = 0; round < choice.options.rounds; ++round) {
       const std::vector<bench::Trial> trials = one_round(choice, *measure, taking_part);
       for (std::size_t i = 0; i < trials.size(); ++i) {
         series[i].trials.push_back(trials[i]);
-        fmt::print(stderr, "{} {}/{} {}: {}\n", measure->name, round + 1, choice.rounds, taking_part[i]->name,
+        fmt::print(stderr, "{} {}/{} {}: {}\n", measure->name, round + 1, choice.options.rounds, taking_part[i]->name,
                    in_words(*measure, trials[i]));
       }
     }
@@ -193,13 +196,15 @@ bool run(const Choice& choice) {
   const auto peers = present(chosen(all_peers, choice.peers,
                                     [](const bench::Peer& one, const std::string& name) { return one.name == name; }));
   if (::geteuid() != 0) throw std::runtime_error("needs root: it makes namespaces");
+  check_json(choice);
   support::raise_descriptor_limit();
   support::remove_stale_cgroups();
   bench::catch_interrupts();
 
   std::cout << fmt::format("{}\n{} rounds of {} turns, loads of {} s; {} threads for each proxy; {}, {}\n",
-                           bench::machine(), choice.rounds, choice.options.turns, choice.options.seconds.count(),
-                           choice.options.threads, choice.stage, choice.congestion_control);
+                           bench::machine(), choice.options.rounds, choice.options.turns,
+                           choice.options.seconds.count(), choice.options.threads, choice.options.stage,
+                           choice.options.congestion_control);
   const std::vector<bench::Series> series = measure(choice, measures, peers);
   std::cout << bench::other_goals(series);
   return !bench::failed(series);
@@ -221,14 +226,14 @@ int main(int argc, char** argv) {
   add("peers", po::value(&peers)->value_name("PEER[,...]"),
       "of direct, bpf, bpf-names, nftables, iptables, userspace, haproxy, haproxy-splice, nginx");
   add("quick", po::bool_switch(&choice.options.quick), "few and short rounds: under a minute, and rough figures");
-  add("rounds", po::value(&choice.rounds)->value_name("N"), "rounds; 5, or 2 with --quick");
+  add("rounds", po::value(&choice.options.rounds)->value_name("N"), "rounds; 5, or 2 with --quick");
   add("turns", po::value(&choice.options.turns)->value_name("N"),
       "turns of milliseconds in a round; 20, or 8 with --quick. Loads have a quarter");
   add("seconds", po::value(&seconds)->value_name("S"), "how long a load is measured in each turn; 0.4, or 0.1");
   add("threads", po::value(&choice.options.threads)->value_name("N")->default_value(2), "of each proxy");
-  add("stage", po::value(&choice.stage)->value_name("veth|loopback")->default_value("veth"),
+  add("stage", po::value(&choice.options.stage)->value_name("veth|loopback")->default_value("veth"),
       "where the backends are: at the far end of a virtual cable, or behind the clients' own loopback");
-  add("congestion-control", po::value(&choice.congestion_control)->value_name("NAME")->default_value("reno"),
+  add("congestion-control", po::value(&choice.options.congestion_control)->value_name("NAME")->default_value("reno"),
       "of every connection; bbr, the default of some hosts, paces what never leaves the machine");
   add("json", po::value(&choice.json)->value_name("FILE"), "write every figure there too");
   try {
@@ -244,14 +249,15 @@ int main(int argc, char** argv) {
       return 0;
     }
     const bool quick = choice.options.quick;
-    if (!given.contains("rounds")) choice.rounds = quick ? 2 : 5;
+    if (!given.contains("rounds")) choice.options.rounds = quick ? 2 : 5;
     if (!given.contains("turns")) choice.options.turns = quick ? 8 : 20;
     if (!given.contains("seconds")) seconds = quick ? 0.1 : 0.4;
     const auto is_number = [](std::size_t value) { return value >= 1 && value <= 1000; };  // -1 is read as a large one
-    if (!is_number(choice.rounds) || !is_number(choice.options.turns) || !is_number(choice.options.threads) ||
+    if (!is_number(choice.options.rounds) || !is_number(choice.options.turns) || !is_number(choice.options.threads) ||
         !(seconds > 0 && seconds <= 60))
       throw po::error("1 to 1000 rounds, turns and threads, and at most 60 seconds");
-    if (choice.stage != "veth" && choice.stage != "loopback") throw po::error("a stage is veth or loopback");
+    if (choice.options.stage != "veth" && choice.options.stage != "loopback")
+      throw po::error("a stage is veth or loopback");
     choice.options.seconds = std::chrono::duration<double>(seconds);
     choice.measures = split(only);
     choice.peers = split(peers);

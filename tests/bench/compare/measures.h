@@ -14,6 +14,9 @@
 namespace bench {
 
 struct Options {
+  std::string stage;               // veth or loopback: where the backends are
+  std::string congestion_control;  // of every connection
+  unsigned rounds = 0;
   std::chrono::duration<double> seconds{};  // that a load is measured for, each turn
   std::size_t turns = 0;                    // in a round, where these are many; loads have a quarter
   unsigned threads = 0;                     // of each proxy
