@@ -2,6 +2,7 @@
 """Puts the figures of bench_compare into docs/benchmarks.md, between two comments there, and the charts beside it."""
 
 import pathlib
+import statistics
 
 import charts
 
@@ -35,13 +36,42 @@ def spread(figure, decimals):
     return middle if least == most else f"{middle} ({least}-{most})"
 
 
+def others(figures, measures):
+    """How busy the machine was with something else, for measures that say so."""
+    cells = {}
+    for one in figures["measured"]:
+        for peer in one["peers"]:
+            seen = [trial["others"] for trial in peer["rounds"] if trial["others"] is not None]
+            if seen:
+                cells[one["measure"], peer["peer"]] = (f"{statistics.median(seen):.2f} ({min(seen):.2f} to {max(seen):.2f})"
+                                                       .replace("-0.00", "0.00"))
+    names = [name for name in measures if any(measure == name for measure, _ in cells)]
+    peers = [peer for peer in PEERS if any(who == peer for _, who in cells)]
+    if not names:
+        return []
+    return ["*CPUs that others kept busy meanwhile*: median, and from least to most of the rounds.", "",
+            row("", peers), row("---", ["---"] * len(peers)),
+            *(row(f"`{name}`", [cells.get((name, peer), "") for peer in peers]) for name in names), ""]
+
+
+def conditions(figures):
+    """What it was measured on, and how."""
+    said = f"Measured on: {figures['machine']}; " + ", ".join(figures["versions"].values())
+    if figures.get("commit"):
+        said += f", of {figures['commit']}"
+    if figures.get("rounds"):
+        said += (f"; {figures['rounds']} rounds of {figures['turns']} turns, loads of {figures['seconds']} s; "
+                 f"{figures['stage']}, {figures['congestion_control']}")
+    return said + "."
+
+
 def row(name, cells):
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def tables(figures):
     measures = {one["measure"]: one for one in figures["measured"]}
-    lines = [f"Measured on: {figures['machine']}; " + ", ".join(figures["versions"].values()) + ".", ""]
+    lines = [conditions(figures), ""]
     for title, with_ratios, rows in TABLES:
         rows = [(measures[name], column) for name, column in rows if name in measures]
         seen = {(one["measure"], peer["peer"]): peer for one, _ in rows for peer in one["peers"]}
@@ -63,6 +93,7 @@ def tables(figures):
                 if any(cells):
                     lines.append(row(f"`{one['measure']}` {one['columns'][column]['title']}", cells))
             lines.append("")
+    lines += others(figures, measures)
     lines += ["*Goals*, each by the median:", "", "| peer | measure | figure | compared with | goal | reached | |",
               "| --- | --- | --- | --- | --- | --- | --- |"]
     for goal in figures["goals"]:
@@ -71,8 +102,12 @@ def tables(figures):
     return "\n".join(lines) + "\n"
 
 
+def of(source):
+    return pathlib.Path(source) / "docs/benchmarks.md"
+
+
 def write(figures, source):
-    path = pathlib.Path(source) / "docs/benchmarks.md"
+    path = of(source)
     before, _, rest = path.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     images = [f"![{title}](charts/{file})\n" for file, title in charts.draw(figures, path.parent / "charts")]
