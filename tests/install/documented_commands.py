@@ -229,7 +229,7 @@ BLOCKS = {
         "sudo scripts/install-packages --benchmarks":
             Run("empty", status=(0, 1), holds=(r"packages: (all \d+ are there|installing .*linux-perf)",)),
         "sudo tests/bench/compare/run --quick":
-            Elsewhere(BENCHMARK, "tests/bench/compare/compare_test.py", 'self.start("--only", "connect", "--quick"'),
+            Elsewhere(BENCHMARK, "tests/bench/compare/compare_test.py", 'SHORT = ["--only", "connect", "--quick"'),
         "sudo tests/bench/compare/run --document": Elsewhere(BENCHMARK, "tests/bench/compare/run", "document.write(figures"),
         "sudo tests/bench/compare/run --stage loopback --peers direct,userspace,haproxy,haproxy-splice,nginx --only "
         "rate,request1024,bulk1,bulk8,idle,listeners":
@@ -423,7 +423,7 @@ PROSE = {
     "sudo clusterip unload --pin DIR": Run("loaded", instead=f"sudo clusterip unload --pin {PIN}", holds=("^unloaded",)),
     "sudo fallback_proxy --cleanup":
         Run("proxy killed", instead="sudo fallback_proxy --cleanup" + ROUTES, holds=NO_ROUTES),
-    "sudo tests/bench/compare/run": Elsewhere(BENCHMARK, "tests/bench/compare/compare_test.py", 'self.start("--only", "connect", "--quick"'),
+    "sudo tests/bench/compare/run": Elsewhere(BENCHMARK, "tests/bench/compare/compare_test.py", 'SHORT = ["--only", "connect", "--quick"'),
     "sysctl fs.epoll.max_user_watches": Run("empty", holds=(r"= \d+",)),
     "sysctl fs.inotify.max_user_instances": Run("empty", holds=(r"= \d+",)),
     "sysctl net.ipv4.ip_unprivileged_port_start": Run("empty", holds=(r"= \d+",)),

@@ -53,12 +53,9 @@ def programs_of(pids):
     """The ids of BPF programs that these processes hold."""
     found = set()
     for pid in pids:
-        for info in pathlib.Path(f"/proc/{pid}/fdinfo").glob("*"):
-            try:
-                lines = info.read_text().splitlines()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            found |= {int(line.split()[1]) for line in lines if line.startswith("prog_id:")}
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            for info in pathlib.Path(f"/proc/{pid}/fdinfo").iterdir():
+                found |= {int(line.split()[1]) for line in info.read_text().splitlines() if line.startswith("prog_id:")}
     return found
 
 
