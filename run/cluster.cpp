@@ -89,7 +89,8 @@ void KubernetesCluster::open() {
     return;
   }
   if (std::exchange(opening_problem_, source.error().message) != source.error().message)
-    spdlog::error("kubernetes: {}: no service of the cluster comes or goes until that is mended", opening_problem_);
+    spdlog::error("{}{}: no service of the cluster comes or goes until that is mended",
+                  opening_problem_.starts_with("kubernetes") ? "" : "kubernetes: ", opening_problem_);
   opening_timer_.expires_after(opening_pause_);
   opening_timer_.async_wait([this](const boost::system::error_code& cancelled) {
     if (!cancelled) open();
