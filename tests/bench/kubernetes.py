@@ -27,7 +27,7 @@ import stage  # noqa: E402
 from api_server import ApiServer  # noqa: E402
 
 RATE = 500  # changes a second
-PROBES = ("10.89.1.1", "10.89.1.2")  # of stage.BACKENDS
+PROBES = ("10.89.1.1", "10.89.1.2")  # of stage.PODS
 PORT = 9000
 
 

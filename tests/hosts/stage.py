@@ -20,7 +20,8 @@ SOURCE = pathlib.Path(os.environ["CLUSTERIP_SOURCE"])
 PLUGIN = BUILD / "plugin/libclusterip.so.1"
 VIP = "10.96.96.96"  # no address of any interface, and no route leads there
 PORT = 5201
-BACKENDS = {f"backend{number}": f"10.89.1.{number}:80" for number in (1, 2, 3)}  # addresses of `lo` here
+BACKENDS = {f"backend{number}": f"127.0.1.{number}:80" for number in (1, 2, 3)}
+PODS = {name: address.replace("127.0", "10.89") for name, address in BACKENDS.items()}  # the same, at addresses that a pod may have
 
 
 def wait_for(what, condition, seconds=30):
@@ -62,7 +63,7 @@ def enter_private_environment():
     if libc.mount(b"bpf", b"/sys/fs/bpf", b"bpf", 0, None) != 0:
         raise OSError(ctypes.get_errno(), "mount bpf")
     run("ip", "link", "set", "lo", "up")
-    for address in BACKENDS.values():
+    for address in PODS.values():
         run("ip", "addr", "add", f"{address.split(':')[0]}/32", "dev", "lo")
 
 
@@ -121,7 +122,8 @@ class Backends:
     """One nginx, without anything of clusterip, that answers at each backend's address with its name."""
 
     def __init__(self, directory):
-        servers = "\n".join(f'server {{ listen {address}; return 200 "{name}\\n"; }}' for name, address in BACKENDS.items())
+        servers = "\n".join(f'server {{ listen {address}; listen {PODS[name]}; return 200 "{name}\\n"; }}'
+                            for name, address in BACKENDS.items())
         file = directory.write("backends.conf", f"""daemon off; master_process off; pid {directory.path}/backends.pid;
             error_log stderr; events {{ worker_connections 4096; }}
             http {{ {nginx_paths(directory.path)} default_type text/plain; keepalive_requests 100000;\n{servers}\n}}""")
@@ -143,7 +145,7 @@ def services(**weights):
 def many_services(count):
     """So many more, of one backend each."""
     return "".join(f'[[service]]\nname = "service{number}"\nvip = "10.97.{number // 250}.{number % 250}"\nport = 80\n'
-                   f'backends = [ "{BACKENDS["backend1"]}" ]\n' for number in range(count))
+                   f'backends = [ "127.0.1.1:80" ]\n' for number in range(count))
 
 
 class Client:

@@ -34,7 +34,7 @@ def slice_of(name, addresses, number=0, port=80, conditions=None):
                            "conditions": conditions or {"ready": True}} for address in addresses]}
 
 
-ONE, TWO, THREE = (address.split(":")[0] for address in stage.BACKENDS.values())
+ONE, TWO, THREE = (address.split(":")[0] for address in stage.PODS.values())
 
 
 def load_tests(loader, standard, pattern):

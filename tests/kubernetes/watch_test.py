@@ -373,7 +373,7 @@ class BadDays(Stage):
                 server = self.serve()
                 server.put("services", service("web", 1))
                 server.faults.unlisted = form
-                watch = self.watch(server=server.url, page=5, max_objects=50, max_pause=500)
+                watch = self.watch(server=server.url, page=5, max_objects=50, max_pause=100)
                 watch.wait("a line", lambda: any(": services: the list does not end: " + expected in line for line in watch.log))
                 failures = watch.status()["failures"]
                 watch.wait("more attempts", lambda: watch.status()["failures"] > failures + 4)

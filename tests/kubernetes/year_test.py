@@ -283,7 +283,7 @@ class Year(daemon_test.Stage):
         self.assertGreater(self.api.version - version, 3000)
         for vip, addresses in STABLE.items():
             self.assertGreater(sum(answered[vip].values()), 300)
-            names = {name for name, address in stage.BACKENDS.items() if address.split(":")[0] in addresses}
+            names = {name for name, address in stage.PODS.items() if address.split(":")[0] in addresses}
             self.assertLessEqual(set(answered[vip]), names)
         self.assertEqual(len(answered[STICKY]), 1)
         try:
