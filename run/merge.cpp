@@ -80,12 +80,12 @@ std::vector<Candidate> candidates_of(const ClusterServices& cluster, std::span<c
   return candidates;
 }
 
-/// In an order of their own, those which have no problem.
+/// Those which have no problem, by a key; of equals, the first by name.
 std::vector<Candidate*> sorted(std::vector<Candidate>& candidates, auto key) {
   std::vector<Candidate*> order;
   for (Candidate& candidate : candidates)
     if (candidate.problem.empty()) order.push_back(&candidate);
-  std::ranges::stable_sort(order, {}, [&](const Candidate* candidate) { return key(*candidate); });
+  std::ranges::sort(order, {}, [&](const Candidate* candidate) { return std::pair(key(*candidate), candidate); });
   return order;
 }
 
