@@ -23,6 +23,7 @@
 #include <boost/beast/http/basic_parser.hpp>
 #include <boost/json.hpp>
 #include <charconv>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <random>
@@ -54,8 +55,7 @@ using namespace std::chrono_literals;
 constexpr auto use_tuple = asio::as_tuple(asio::use_awaitable);
 
 constexpr std::size_t max_error_text = 16384;
-constexpr std::size_t max_token = 4096;  // of a list that goes on, to tell them from one another
-constexpr auto watch_grace = 30s;        // beyond the time that the server was asked to end a watch after
+constexpr auto watch_grace = 30s;  // beyond the time that the server was asked to end a watch after
 
 struct KindNames {
   const char* plural;
@@ -371,13 +371,14 @@ class Watcher final : public Client {
       const bool has_watched = std::exchange(follower.is_watching, false);
       follower.proof.cancel();
       // An answer that begins well is no watch yet: it may be cut or end at once, each time.
-      const bool is_proven =
-          has_watched && (follower.has_brought_news || Clock::now() - follower.watch_began >= pace_.proof);
+      const bool has_brought_news = has_watched && follower.has_brought_news;
+      const bool is_proven = has_brought_news || (has_watched && Clock::now() - follower.watch_began >= pace_.proof);
       if (is_proven) {
         follower.lost = Clock::now();
-        follower.expirations = follower.refusals = 0;
+        follower.expirations = 0;
         pause = pace_.first_pause;
       }
+      if (has_brought_news || (is_proven && end.is_good())) follower.refusals = 0;
       if (end.is_doubted) follower.version.clear();
       if (end.is_doubted || (end.is_good() && is_proven)) continue;
       if (!end.problem.empty()) ++counts_.failures;
@@ -595,7 +596,7 @@ class Watcher final : public Client {
     const std::size_t max_pages = 16 + 2 * pace_.max_objects / pace_.page;
     std::size_t pages = 0;
     std::size_t objects = 0;
-    std::unordered_set<std::string> seen;
+    std::unordered_set<std::size_t> seen;  // hashes
     Envelope envelope;
     End found;
     const auto endless = [](std::string how) { return End{.problem = "the list does not end: " + std::move(how)}; };
@@ -615,7 +616,7 @@ class Watcher final : public Client {
         auto read = read_envelope(splitter);
         if (!read) co_return End{.problem = "what it sends is no list"};
         envelope = std::move(*read);
-        if (!envelope.next.empty() && !seen.insert(envelope.next.substr(0, max_token)).second)
+        if (!envelope.next.empty() && !seen.insert(std::hash<std::string>()(envelope.next)).second)
           found = endless("it names the same page twice");
         else if (++pages >= max_pages && !envelope.next.empty())
           found = endless(fmt::format("more than {} pages", max_pages));
@@ -688,6 +689,11 @@ class Watcher final : public Client {
     const std::string version_text = string_at(*object, {"metadata", "resourceVersion"});
     const std::uint64_t version = number(version_text);
     if (version != 0 && version < number(follower.version)) doubt(follower, found);
+    const std::size_t count = follower.kind == Kind::service ? store_.services() : store_.slices();
+    if (!is_bookmark && type != "DELETED" && count > pace_.max_objects) {
+      found = {.problem = fmt::format("more than {} objects", pace_.max_objects), .is_refused = true};
+      return;
+    }
     if (is_bookmark)
       store_.bookmark(follower.kind, version);
     else if (type == "DELETED" || is_asked_for(follower, *object))

@@ -303,7 +303,7 @@ class BadDays(Stage):
         for form, answer in (("an event, and no end", begin + encode({"type": "ERROR", "object": error})),
                              ("a status, and no end", begin + encode(error)),
                              ("an unknown event, and no end", begin + encode({"type": "NEWS", "object": service("web", 1)})),
-                             ("another status", b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n")):
+                             ("another status, and an end", b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n")):
             with self.subTest(form):
                 server = self.serve()
                 server.put("services", service("web", 1))
@@ -382,6 +382,19 @@ class BadDays(Stage):
                 server.faults.unlisted = None
                 watch.wait("the service", lambda: set(watch.state) == {"default/web"})
                 self.assertEqual(watch.status()["services"], 1)
+
+    def test_events_without_end_are_left(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        watch = self.watch(server=server.url, max_objects=20)
+        watch.wait("a list", lambda: watch.batches)
+        for number in range(2, 30):
+            server.put("services", service(f"web{number}", number))
+        watch.wait("a line", lambda: any(": services: more than 20 objects" in line for line in watch.log))
+        self.assertLessEqual(watch.status()["services"], 21)
+        for number in range(2, 30):
+            server.delete("services", "default", f"web{number}")
+        watch.wait("the rest", lambda: set(watch.state) == {"default/web"})
 
     def test_a_page_that_expires_begins_the_list_again(self):
         server = self.serve()
