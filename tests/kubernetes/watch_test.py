@@ -301,13 +301,14 @@ class BadDays(Stage):
         error = status(500, "InternalError", "no such revision")
         begin = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
         for form, answer in (("an event, and no end", begin + encode({"type": "ERROR", "object": error})),
+                             ("an event, late", begin + encode({"type": "ERROR", "object": error})),
                              ("a status, and no end", begin + encode(error)),
                              ("an unknown event, and no end", begin + encode({"type": "NEWS", "object": service("web", 1)})),
                              ("another status, and an end", b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n")):
             with self.subTest(form):
                 server = self.serve()
                 server.put("services", service("web", 1))
-                watch = self.watch(server=server.url)
+                watch = self.watch(server=server.url, proof=0 if "late" in form else 500)
                 watch.wait("a list", lambda: watch.batches)
                 watch.wait("a watch", lambda: server.count("watch", "services") and server.count("watch", "endpointslices"))
                 with server.lock:
