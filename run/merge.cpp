@@ -21,7 +21,7 @@
 namespace run {
 namespace {
 
-using Key = std::tuple<config::Address, std::uint16_t, config::Protocol>;
+using Key = MergedKey;
 
 Key key_of(const config::Service& service) { return {service.vip, service.port, service.protocol}; }
 
@@ -54,9 +54,11 @@ struct Candidate {
   const config::Service* service = nullptr;
   std::string_view space;  // the namespace
   bool is_external = false;
-  bool serves = false;    // already
-  std::size_t share = 0;  // of its namespace's services and backends, up to it
-  std::string problem;    // why it is not to be served
+  bool serves = false;       // already
+  std::size_t services = 0;  // of its namespace, up to and with it
+  std::size_t backends = 0;  // theirs
+  std::size_t room = 0;      // so many backends it may have
+  std::string problem;       // why it is not to be served
 };
 
 /// A ClusterIP is the cluster's to give; an external address is what somebody has written down.
@@ -89,37 +91,44 @@ std::vector<Candidate*> sorted(std::vector<Candidate>& candidates, auto key) {
   return order;
 }
 
-/// Who has which VIP: the file, then ClusterIPs, then external addresses; of equals, who serves, then the first by
-/// name. An external address takes nobody's endpoints either. Returns the owners, in words.
-std::map<Key, std::string> give_vips(const config::Config& own, const ClusterServices& cluster,
-                                     std::vector<Candidate>& candidates) {
-  std::map<Key, std::string> taken;
-  std::map<Key, std::string> endpoints;  // that no service may have as its VIP
+/// Who has which VIP.
+struct Vips {
+  std::map<Key, std::string> owners;  // in words
+  std::set<Key> contested;            // endpoints that kept an external address from being served
+};
+
+/// The file, then ClusterIPs, then external addresses; of equals, who serves, then the first by name. An external
+/// address that is new takes nobody's endpoints either.
+Vips give_vips(const config::Config& own, const ClusterServices& cluster, std::vector<Candidate>& candidates) {
+  Vips vips;
+  std::map<Key, std::string> endpoints;  // that are to be no VIPs
   std::set<std::string_view> names;
   for (const config::Service& service : own.services) {
     const std::string of =
         fmt::format("service {} of the file, line {}", config::printable(service.name), service.position.line);
-    taken.emplace(key_of(service), of);
+    vips.owners.emplace(key_of(service), of);
     for (const config::Backend& backend : service.backends)
       endpoints.try_emplace({backend.address, backend.port, service.protocol}, of);
     names.insert(service.name);
   }
   const auto give = [&](Candidate& candidate) {
     const config::Service& service = *candidate.service;
+    const Key key = key_of(service);
     if (names.contains(service.name)) {
       candidate.problem = "a service of the file has its name";
-    } else if (const auto found = endpoints.find(key_of(service)); found != endpoints.end()) {
+    } else if (const auto found = endpoints.find(key); found != endpoints.end()) {
       candidate.problem = fmt::format("its vip {} is a backend of {}", endpoint(service), found->second);
+      vips.contested.insert(key);
     } else {
-      const auto [owner, is_free] =
-          taken.try_emplace(key_of(service), fmt::format("service {} of Kubernetes", service.name));
+      const auto [owner, is_free] = vips.owners.try_emplace(key, fmt::format("service {} of Kubernetes", service.name));
       if (!is_free) candidate.problem = fmt::format("its vip {} is that of {}", endpoint(service), owner->second);
     }
   };
   const auto order = sorted(candidates, [](const Candidate& one) { return std::pair(one.is_external, !one.serves); });
-  const auto external = std::ranges::find_if(order, &Candidate::is_external);
-  std::for_each(order.begin(), external, [&](Candidate* candidate) { give(*candidate); });
-  if (external == order.end()) return taken;
+  const auto others =
+      std::ranges::find_if(order, [](const Candidate* one) { return one->is_external && !one->serves; });
+  std::for_each(order.begin(), others, [&](Candidate* candidate) { give(*candidate); });
+  if (others == order.end()) return vips;
   for (const auto& [name, services] : cluster) {
     for (const config::Service& service : services) {
       for (const config::Backend& backend : service.backends)
@@ -127,33 +136,64 @@ std::map<Key, std::string> give_vips(const config::Config& own, const ClusterSer
                               fmt::format("service {} of Kubernetes", service.name));
     }
   }
-  std::for_each(external, order.end(), [&](Candidate* candidate) { give(*candidate); });
-  return taken;
+  std::for_each(others, order.end(), [&](Candidate* candidate) { give(*candidate); });
+  return vips;
 }
 
-/// What serves stays. Then namespaces come in turns, by what of theirs came before: no matter how much one of them
-/// wants, others' come first.
-void give_room(const config::Config& own, std::vector<Candidate>& candidates, std::map<Key, std::string>& taken) {
-  const auto cost = [](const config::Service& service) { return 1 + service.backends.size(); };
-  std::unordered_map<std::string_view, std::size_t> used;
-  for (Candidate* candidate : sorted(candidates, [](const Candidate& one) { return !one.serves; }))
-    candidate->share = used[candidate->space] += cost(*candidate->service);
-  std::size_t services = own.services.size();
-  std::size_t backends = 0;
-  for (const config::Service& service : own.services) backends += service.backends.size();
-  for (Candidate* candidate :
-       sorted(candidates, [](const Candidate& one) { return std::pair(!one.serves, one.share); })) {
-    if (services >= own.limits.services) {
+/// Up to an equal share, a namespace has what it wants. What serves beyond that comes next, then what is new, in turns
+/// of the namespaces: no matter how much one of them wants, others' come first. True when there was too little.
+bool give_room(const config::Config& own, std::vector<Candidate>& candidates, Vips& vips) {
+  struct Used {
+    std::size_t services = 0;
+    std::size_t backends = 0;
+  };
+  std::unordered_map<std::string_view, Used> used;
+  // Of what serves, the small ones first: what grows takes no other's place.
+  const auto order = [](const Candidate& one) {
+    return std::pair(!one.serves, one.serves ? one.service->backends.size() : 0);
+  };
+  for (Candidate* candidate : sorted(candidates, order)) {
+    Used& of = used[candidate->space];
+    candidate->services = ++of.services;
+    candidate->backends = of.backends += candidate->service->backends.size();
+  }
+  std::size_t services = own.limits.services - own.services.size();
+  std::size_t backends = own.limits.backends;
+  for (const config::Service& service : own.services) backends -= service.backends.size();
+  const Used share{.services = services / std::max<std::size_t>(used.size(), 1),
+                   .backends = backends / std::max<std::size_t>(used.size(), 1)};
+  const auto turn = [&](const Candidate& one) {
+    const bool is_within = one.services <= share.services && one.backends <= share.backends;
+    const int rank = is_within ? 0 : one.serves ? 1 : 2;
+    return std::pair(rank, one.services + one.backends);
+  };
+  bool is_short = false;
+  for (Candidate* candidate : sorted(candidates, turn)) {
+    const std::size_t wanted = candidate->service->backends.size();
+    candidate->room = std::min(wanted, backends);
+    is_short = is_short || services == 0 || wanted > backends;
+    if (services == 0) {
       candidate->problem = fmt::format("there are {} services already (limits.services)", own.limits.services);
-    } else if (backends + candidate->service->backends.size() > own.limits.backends) {
+    } else if (wanted > backends && (!candidate->serves || backends == 0)) {
       candidate->problem = fmt::format("there would be more than {} backends (limits.backends)", own.limits.backends);
     } else {
-      ++services;
-      backends += candidate->service->backends.size();
+      --services;
+      backends -= candidate->room;
       continue;
     }
-    taken.erase(key_of(*candidate->service));
+    vips.owners.erase(key_of(*candidate->service));
   }
+  return is_short;
+}
+
+/// Those that take new connections stay first.
+void trim(std::vector<config::Backend>& backends, std::size_t room) {
+  std::vector<config::Backend> kept;
+  for (const bool is_active : {true, false}) {
+    for (const config::Backend& backend : backends)
+      if ((backend.state == config::BackendState::active) == is_active && kept.size() < room) kept.push_back(backend);
+  }
+  backends = std::move(kept);
 }
 
 }  // namespace
@@ -173,25 +213,35 @@ bool is_cluster_name(std::string_view name) {
 
 Merged merge(const config::Config& own, std::string_view text, const ClusterServices& cluster,
              std::span<const config::Service> serving) {
-  Merged merged{.config = own, .text = std::string(text), .problems = {}};
+  Merged merged;
+  merged.config = own;
+  merged.text = text;
   if (!merged.text.ends_with('\n')) merged.text += '\n';
   std::vector<Candidate> candidates = candidates_of(cluster, serving);
-  std::map<Key, std::string> taken = give_vips(own, cluster, candidates);
-  give_room(own, candidates, taken);
+  Vips vips = give_vips(own, cluster, candidates);
+  merged.is_short = give_room(own, candidates, vips);
+  merged.contested = std::move(vips.contested);
+  const auto tell = [&](const config::Service& service, std::string_view what) {
+    merged.problems.push_back(fmt::format("service {} of Kubernetes: {}", service.name, what));
+  };
   for (const Candidate& candidate : candidates) {
     if (!candidate.problem.empty()) {
       ++merged.left_out;
-      merged.problems.push_back(
-          fmt::format("service {} of Kubernetes: {}: it is not served", candidate.service->name, candidate.problem));
+      tell(*candidate.service, candidate.problem + ": it is not served");
       continue;
     }
     config::Service& service = merged.config.services.emplace_back(*candidate.service);
+    if (candidate.room < service.backends.size()) {
+      tell(service,
+           fmt::format("there would be more than {} backends (limits.backends): {} of its {} are left out",
+                       own.limits.backends, service.backends.size() - candidate.room, service.backends.size()));
+      trim(service.backends, candidate.room);
+    }
     std::erase_if(service.backends, [&](const config::Backend& backend) {
-      const auto found = taken.find({backend.address, backend.port, service.protocol});
-      if (found == taken.end()) return false;
-      merged.problems.push_back(fmt::format("service {} of Kubernetes: its backend {} is the vip of {}: it is left out",
-                                            service.name, config::to_text(backend.address, backend.port),
-                                            found->second));
+      const auto found = vips.owners.find({backend.address, backend.port, service.protocol});
+      if (found == vips.owners.end()) return false;
+      tell(service, fmt::format("its backend {} is the vip of {}: it is left out",
+                                config::to_text(backend.address, backend.port), found->second));
       return true;
     });
     append(merged.text, service);

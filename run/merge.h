@@ -4,10 +4,13 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <map>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "cli/pinned.h"
@@ -18,15 +21,20 @@ namespace run {
 /// By the name that the cluster has for them, "namespace/name".
 using ClusterServices = std::map<std::string, std::vector<config::Service>>;
 
+/// An address, a port and a protocol: of a VIP, or of a backend.
+using MergedKey = std::tuple<config::Address, std::uint16_t, config::Protocol>;
+
 struct Merged {
   config::Config config;              // the file's services, then the cluster's
   std::string text;                   // that says the same
   std::vector<std::string> problems;  // what was left out, a line each
   std::size_t left_out = 0;           // services of the cluster that are not served
+  bool is_short = false;              // something had no room
+  std::set<MergedKey> contested;      // endpoints that kept an external address from being served
 };
 
-/// What there is no room for, or what collides, is left out: the file's services are served in any case, then those of
-/// the cluster that are in `serving`. `text` is what `own` was read from.
+/// What there is no room for, or what collides, is left out: the file's services are served in any case, those of
+/// the cluster that are in `serving` before others. `text` is what `own` was read from.
 Merged merge(const config::Config& own, std::string_view text, const ClusterServices& cluster,
              std::span<const config::Service> serving);
 

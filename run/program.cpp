@@ -46,6 +46,7 @@ namespace run {
 namespace {
 
 using cli::Failure;
+using namespace std::chrono_literals;
 
 /// A configuration and the text that it was read from.
 struct Source {
@@ -176,14 +177,36 @@ class Program {
     const auto serving = std::span(config().services).subspan(own_services_);
     Merged merged = merge(own.config, own.text, cluster_->services(), serving);
     left_out_ = merged.left_out;
-    std::set<std::string> problems(merged.problems.begin(), merged.problems.end());
-    for (const std::string& problem : problems)
-      if (!merge_problems_.contains(problem)) spdlog::error("{}", problem);
-    merge_problems_ = std::move(problems);
+    is_short_ = merged.is_short;
+    contested_ = std::move(merged.contested);
+    tell_left_out(merged.problems);
     return {.text = std::move(own.text),
             .config = std::move(merged.config),
             .own_services = own.own_services,
             .whole = std::move(merged.text)};
+  }
+
+  /// Who has read a line need not again, and who may write services need not fill the log.
+  void tell_left_out(const std::vector<std::string>& lines) {
+    constexpr std::size_t most = 100;
+    const auto now = userspace::Clock::now();
+    if (now - told_since_ > 1min) {
+      told_since_ = now;
+      told_ = 0;
+    }
+    std::set<std::string> problems(lines.begin(), lines.end());
+    std::size_t untold = 0;
+    for (const std::string& problem : problems) {
+      if (merge_problems_.contains(problem)) continue;
+      if (told_ < most) {
+        ++told_;
+        spdlog::error("{}", problem);
+      } else {
+        ++untold;
+      }
+    }
+    if (untold != 0) spdlog::error("kubernetes: {} more lines like these, of services that are left out", untold);
+    merge_problems_ = std::move(problems);
   }
 
   bool merge_cluster() {
@@ -205,11 +228,20 @@ class Program {
     if (is_ending_) return;
     for (const config::Service* next : changed) {
       const auto found = by_cluster_name_.find(next->name);
-      if (found == by_cluster_name_.end()) continue;
-      const auto is_vip = [&](const config::Backend& backend) {
-        return vips_.contains({backend.address, backend.port, next->protocol});
+      if (found == by_cluster_name_.end()) {
+        if (is_short_ || !contested_.empty()) cluster_->merge_soon();  // it may be served now, or let another be
+        continue;
+      }
+      const auto key = [next](const config::Backend& backend) {
+        return MergedKey(backend.address, backend.port, next->protocol);
       };
-      const std::size_t total = backends_ - config().services[found->second].backends.size() + next->backends.size();
+      const auto& before = config().services[found->second].backends;
+      const bool frees_a_vip = !contested_.empty() && std::ranges::any_of(before, [&](const config::Backend& backend) {
+        return contested_.contains(key(backend));
+      });
+      if ((is_short_ && next->backends.size() < before.size()) || frees_a_vip) cluster_->merge_soon();
+      const auto is_vip = [&](const config::Backend& backend) { return vips_.contains(key(backend)); };
+      const std::size_t total = backends_ - before.size() + next->backends.size();
       // Merging tells what is wrong, and leaves it out.
       if (total > config().limits.backends || std::ranges::any_of(next->backends, is_vip)) {
         cluster_->merge_soon();
@@ -467,10 +499,14 @@ class Program {
   std::string refused_text_;                                      // that the last reload did not take
   std::size_t own_services_ = 0;                                  // of config(), the file's; then the cluster's
   std::unordered_map<std::string, std::size_t> by_cluster_name_;  // of config().services
-  std::set<std::tuple<config::Address, std::uint16_t, config::Protocol>> vips_;
+  std::set<MergedKey> vips_;
   std::size_t backends_ = 0;              // of all services
   std::set<std::string> merge_problems_;  // of the last merge: who has read of one need not again
   std::size_t left_out_ = 0;              // services, by it
+  bool is_short_ = false;                 // and some for want of room
+  std::set<MergedKey> contested_;         // as Merged has it
+  userspace::Clock::time_point told_since_;
+  std::size_t told_ = 0;  // lines since then
   Reloads reloads_;
   std::map<std::string, std::uint64_t> last_look_;
   userspace::Clock::time_point last_look_time_;

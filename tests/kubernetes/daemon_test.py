@@ -210,6 +210,26 @@ class Scenario(Stage):
         self.assertEqual(self.log.read_text().count("service default/thief:80/tcp of Kubernetes"), 1)
         self.assertEqual(self.status(exit_code=0)["kubernetes"]["left_out"], 1)
 
+    def test_what_had_no_room_is_served_when_there_is_some(self):
+        self.configure("[limits]\nbackends = 4")  # one is the file's
+        names = lambda: [one["name"] for one in self.status()["services"]]
+        self.api.put("services", service("a", 0))
+        self.api.put("endpointslices", slice_of("a", [ONE, TWO]))
+        self.start()
+        self.come_from("10.96.0.1", "backend1", "backend2")
+        self.api.put("services", service("c", 1))
+        self.api.put("endpointslices", slice_of("c", [ONE, TWO]))
+        wait_for("it is left out", lambda: self.status()["kubernetes"]["left_out"] == 1)
+        self.assertNotIn("default/c:80/tcp", names())
+        self.api.put("endpointslices", slice_of("a", [ONE]))
+        self.come_from("10.96.0.2", "backend1", "backend2")
+        self.assertEqual(self.status()["kubernetes"]["left_out"], 0)
+        self.api.put("endpointslices", slice_of("a", [ONE, TWO, THREE]))  # there is room for one
+        wait_for("what serves goes on", lambda: "default/a:80/tcp of Kubernetes: there would be more than 4 backends "
+                 "(limits.backends): 2 of its 3 are left out" in self.log.read_text())
+        self.come_from("10.96.0.1", "backend1")
+        self.come_from("10.96.0.2", "backend1", "backend2")
+
     def test_without_the_api_server_the_last_state_serves_on_and_a_restart_keeps_it(self):
         self.api.put("services", service("web", 0))
         self.api.put("services", service("gone", 1))

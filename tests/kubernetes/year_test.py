@@ -16,6 +16,7 @@ import unittest
 import daemon_test
 from daemon_test import CLUSTERIP, ONE, THREE, TWO, stage, wait_for
 
+PATIENCE = 90  # s: after many cuts the client waits for up to 30 s
 SEED = int(os.environ.get("CLUSTERIP_SEED", "365"))
 SERVICES = 60
 PODS = 6  # of a service, at most; one more while it is rolled
@@ -213,7 +214,7 @@ class Year(daemon_test.Stage):
 
     def expect_what_a_fresh_daemon_has(self):
         expected, expected_use = self.fresh()
-        wait_for("the state of a fresh daemon", lambda: served(self.status()) == expected)
+        wait_for("the state of a fresh daemon", lambda: served(self.status()) == expected, PATIENCE)
         return expected_use
 
     def replace_everything(self, generation):
@@ -234,7 +235,7 @@ class Year(daemon_test.Stage):
             self.api.compact()
             self.api.cut()
         wait_for("all is replaced", lambda: sum(one["name"].startswith(f"default/g{generation}-") and len(one["backends"]) > 0
-                                                for one in self.status()["services"]) == services)
+                                                for one in self.status()["services"]) == services, PATIENCE)
 
     def test_a_year_of_rolling_updates_leaves_nothing_behind(self):
         print(f"seed {SEED}", flush=True)

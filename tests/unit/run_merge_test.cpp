@@ -158,6 +158,20 @@ TEST(Merge, VipOfWhatThereIsNoRoomForMayBeABackend) {
   expect_text_says_the_same(result);
 }
 
+TEST(Merge, NewExternalAddressTakesNoEndpointAndOneThatServesIsNotTakenByOne) {
+  const auto shop = service("a/shop:80/tcp@192.0.2.1", "192.0.2.1", {"10.1.0.1"});
+  const ClusterServices cluster = {{"a/shop", {shop}},
+                                   {"b/evil", {service("b/evil:80/tcp", "10.96.0.2", {"192.0.2.1"})}}};
+  const Merged before = merged(cluster);
+  EXPECT_THAT(names(before), ElementsAre("fixed", "b/evil:80/tcp"));
+  EXPECT_THAT(before.contested, ElementsAre(MergedKey(shop.vip, 80, config::Protocol::tcp)));
+  const Merged later = merged(cluster, {shop});
+  EXPECT_THAT(names(later), ElementsAre("fixed", "a/shop:80/tcp@192.0.2.1", "b/evil:80/tcp"));
+  EXPECT_THAT(later.problems, ElementsAre("service b/evil:80/tcp of Kubernetes: its backend 192.0.2.1:80 is the vip of "
+                                          "service a/shop:80/tcp@192.0.2.1 of Kubernetes: it is left out"));
+  EXPECT_THAT(later.contested, IsEmpty());
+}
+
 TEST(Merge, NamespacesComeInTurns) {
   const ClusterServices greedy = {{"a/1", {service("a/1:80/tcp", "10.96.0.1", {"10.1.0.1"})}},
                                   {"a/2", {service("a/2:80/tcp", "10.96.0.2", {})}},
@@ -170,15 +184,29 @@ TEST(Merge, NamespacesComeInTurns) {
   EXPECT_THAT(names(merged(fat)), ElementsAre("fixed", "b/1:80/tcp"));
 }
 
-TEST(Merge, WhatServesStays) {
+TEST(Merge, WhatServesStaysUpToTheShareOfItsNamespace) {
   const auto one = service("b/1:80/tcp", "10.96.1.1", {"10.1.1.1"});
   const auto two = service("b/2:80/tcp", "10.96.1.2", {"10.1.1.1"});
-  const ClusterServices cluster = {{"a/1", {service("a/1:80/tcp", "10.96.0.1", {})}},
-                                   {"a/2", {service("a/2:80/tcp", "10.96.1.2", {})}},  // b/2's vip
-                                   {"b/1", {one}},
-                                   {"b/2", {two}}};
-  EXPECT_THAT(names(merged(cluster)), ElementsAre("fixed", "a/1:80/tcp", "a/2:80/tcp"));
-  EXPECT_THAT(names(merged(cluster, {one, two})), ElementsAre("fixed", "b/1:80/tcp", "b/2:80/tcp"));
+  const auto late = service("a/1:80/tcp", "10.96.0.1", {});
+  const ClusterServices alone = {{"b/0", {service("b/0:80/tcp", "10.96.1.2", {})}}, {"b/1", {one}}, {"b/2", {two}}};
+  EXPECT_THAT(names(merged(alone)), ElementsAre("fixed", "b/0:80/tcp", "b/1:80/tcp"));
+  EXPECT_THAT(names(merged(alone, {one, two})), ElementsAre("fixed", "b/1:80/tcp", "b/2:80/tcp"));
+  // There is room for two services: one for each of two namespaces.
+  const ClusterServices both = {{"a/1", {late}}, {"b/1", {one}}, {"b/2", {two}}};
+  EXPECT_THAT(names(merged(both, {one, two})), ElementsAre("fixed", "a/1:80/tcp", "b/1:80/tcp"));
+}
+
+TEST(Merge, WhatServesAndGrowsKeepsAsManyBackendsAsThereIsRoomFor) {
+  auto grown = service("a/1:80/tcp", "10.96.0.1", {"10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.0.4"});
+  grown.backends[0].state = config::BackendState::drain;
+  const Merged result = merged({{"a/1", {grown}}}, {grown});
+  EXPECT_THAT(result.problems, ElementsAre("service a/1:80/tcp of Kubernetes: there would be more than 4 backends "
+                                           "(limits.backends): 1 of its 4 are left out"));
+  ASSERT_EQ(result.config.services.back().backends.size(), 3U);
+  EXPECT_EQ(result.config.services.back().backends.front(), grown.backends[1]);
+  EXPECT_TRUE(result.is_short);
+  EXPECT_EQ(result.left_out, 0U);
+  expect_text_says_the_same(result);
 }
 
 TEST(Merge, KnowsTheNamesOfClusters) {
