@@ -16,6 +16,7 @@
 #include <boost/asio/detached.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/posix/stream_descriptor.hpp>
+#include <boost/asio/post.hpp>
 #include <boost/asio/ssl.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/use_awaitable.hpp>
@@ -365,6 +366,7 @@ class Watcher final : public Client {
 
   // One coroutine for each kind: list, watch, and again from where the watch ended.
   awaitable<void> follow(Follower& follower) {
+    co_await asio::post(io_, asio::use_awaitable);  // whoever creates this has it before it is told of anything
     std::chrono::milliseconds pause = pace_.first_pause;
     for (;;) {
       End end = co_await session(follower);
@@ -495,6 +497,7 @@ class Watcher final : public Client {
     follower.connection.reset();
     const auto addresses = co_await resolver_.resolve(pace_.patience);
     if (!addresses) co_return addresses.error().message;
+    handlers_.resolved(*addresses);
     follower.connection = std::make_shared<Connection>(io_, tls_ ? &*tls_ : nullptr);
     follower.connection->limit(pace_.patience);
     co_return co_await follower.connection->open(access_, *addresses);

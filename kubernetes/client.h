@@ -5,11 +5,13 @@
 #pragma once
 
 #include <boost/asio/io_context.hpp>
+#include <boost/asio/ip/tcp.hpp>
 #include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "kubernetes/access.h"
 #include "kubernetes/exec.h"
@@ -39,12 +41,14 @@ struct Counts {
 class Client {
  public:
   struct Handlers {
-    std::function<void()> changed;                                // the store may have changed
+    std::function<void()> changed;  // the store may have changed
+    /// The server's addresses, each time before one of them is connected to.
+    std::function<void(const std::vector<boost::asio::ip::tcp::endpoint>&)> resolved;
     std::function<void(bool is_error, const std::string&)> tell;  // a line for the log
   };
 
   /// Of one namespace; empty: all. `plugin`: for access.exec. The client has to live until `io` runs no more, and the
-  /// store until then.
+  /// store until then. Handlers are not called before create() has returned.
   static config::Result<std::unique_ptr<Client>> create(boost::asio::io_context& io, Access access,
                                                         std::shared_ptr<Plugin> plugin, const std::string& space,
                                                         const std::string& selector, const Pace& pace, Store& store,

@@ -41,10 +41,11 @@ config::Result<std::unique_ptr<Source>> Source::create(boost::asio::io_context& 
   if (spaces.empty()) spaces.emplace_back();
   const auto plugin = access->exec ? std::make_shared<Plugin>(io, *access->exec, pace.exec_time) : nullptr;
   for (const std::string& space : spaces) {
-    Part& part = source->parts_.emplace_back(resolved);
-    auto client =
-        Client::create(io, *access, plugin, space, choices.selector, pace, part.store,
-                       {.changed = [whole = source.get()] { whole->note_change(); }, .tell = source->handlers_.tell});
+    Part& part = source->parts_.emplace_back(space, resolved);
+    auto client = Client::create(io, *access, plugin, space, choices.selector, pace, part.store,
+                                 {.changed = [whole = source.get()] { whole->note_change(); },
+                                  .resolved = source->handlers_.resolved,
+                                  .tell = source->handlers_.tell});
     if (!client) return std::unexpected(client.error());
     part.client = std::move(*client);
   }
@@ -67,14 +68,18 @@ void Source::note_change() {
 
 void Source::hand_on() {
   std::vector<Change> changes;
-  const bool is_complete = this->is_complete();
+  bool is_news = false;
   for (Part& part : parts_) {
-    if (is_complete) std::ranges::move(part.store.take_changes(), std::back_inserter(changes));
+    if (part.store.is_complete()) {
+      if (!std::exchange(part.is_handed_on, true)) {
+        is_news = true;
+        handlers_.listed(part.space);
+      }
+      std::ranges::move(part.store.take_changes(), std::back_inserter(changes));
+    }
     for (const std::string& problem : part.store.take_problems()) handlers_.tell(true, "kubernetes: " + problem);
   }
-  if (!is_complete || (changes.empty() && has_handed_on_)) return;
-  has_handed_on_ = true;
-  handlers_.changed(std::move(changes));
+  if (is_news || !changes.empty()) handlers_.changed(std::move(changes));
 }
 
 SourceStatus Source::status() const {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <boost/asio/io_context.hpp>
+#include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <chrono>
 #include <functional>
@@ -31,13 +32,18 @@ struct SourceStatus {
 class Source {
  public:
   struct Handlers {
-    /// What has changed since the last time. Not before all was listed: then it is all there is, also when that is
-    /// nothing.
+    /// All of this namespace was listed for the first time, with "" all of them: called before the changed() that has
+    /// all of it.
+    std::function<void(const std::string& space)> listed;
+    /// What has changed since the last time, of what was listed: at first all that there is of it, also when that is
+    /// nothing. One namespace without permission keeps no other from being served.
     std::function<void(std::vector<Change>)> changed;
+    /// The API server's addresses, each time before one of them is connected to.
+    std::function<void(const std::vector<boost::asio::ip::tcp::endpoint>&)> resolved;
     std::function<void(bool is_error, const std::string&)> tell;  // a line for the log
   };
 
-  /// It has to live until `io` runs no more.
+  /// It has to live until `io` runs no more. Handlers are not called before create() has returned.
   static config::Result<std::unique_ptr<Source>> create(boost::asio::io_context& io, const config::Kubernetes& choices,
                                                         const Pace& pace, Handlers handlers);
 
@@ -45,9 +51,11 @@ class Source {
 
  private:
   struct Part {
-    explicit Part(const config::Kubernetes& choices) : store(choices) {}
+    Part(std::string name, const config::Kubernetes& choices) : space(std::move(name)), store(choices) {}
+    const std::string space;  // empty: all
     Store store;
     std::unique_ptr<Client> client;
+    bool is_handed_on = false;
   };
 
   Source(boost::asio::io_context& io, Handlers handlers) : handlers_(std::move(handlers)), coalescing_(io) {}
@@ -60,7 +68,6 @@ class Source {
   std::list<Part> parts_;  // one for each namespace, or one for all
   boost::asio::steady_timer coalescing_;
   bool is_waiting_ = false;
-  bool has_handed_on_ = false;
 };
 
 }  // namespace kubernetes

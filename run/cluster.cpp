@@ -53,6 +53,7 @@ class KubernetesCluster : public Cluster {
   [[nodiscard]] ClusterStatus status() const override;
 
  private:
+  void forget_kept(const std::string& space);
   void change(std::vector<kubernetes::Change> changes);
 
   boost::asio::io_context& io_;
@@ -65,7 +66,7 @@ class KubernetesCluster : public Cluster {
   std::string opening_problem_;
   Clock::time_point next_merge_;  // not before
   bool is_merge_due_ = false;
-  bool is_listed_ = false;
+  bool has_new_list_ = false;
   bool has_told_of_the_server_ = false;
   std::unique_ptr<kubernetes::Source> source_;
 };
@@ -74,7 +75,9 @@ class KubernetesCluster : public Cluster {
 void KubernetesCluster::open() {
   auto source = kubernetes::Source::create(
       io_, choices_, kubernetes::Pace{},
-      {.changed = [this](std::vector<kubernetes::Change> changes) { change(std::move(changes)); },
+      {.listed = [this](const std::string& space) { forget_kept(space); },
+       .changed = [this](std::vector<kubernetes::Change> changes) { change(std::move(changes)); },
+       .resolved = [](const auto&) {},
        .tell =
            [](bool is_error, const std::string& line) {
              spdlog::log(is_error ? spdlog::level::err : spdlog::level::info, "{}", line);
@@ -118,10 +121,17 @@ bool KubernetesCluster::leave_out_the_server(std::vector<config::Service>& servi
   return true;
 }
 
+/// What was kept and is not in the list is gone.
+void KubernetesCluster::forget_kept(const std::string& space) {
+  has_new_list_ = true;
+  std::erase_if(services_, [&](const auto& one) {
+    const std::string kept_in = one.first.substr(0, one.first.find('/'));
+    return space.empty() || kept_in == space || !std::ranges::contains(choices_.namespaces, kept_in);
+  });
+}
+
 void KubernetesCluster::change(std::vector<kubernetes::Change> changes) {
-  bool has_new_shape = !is_listed_;
-  // What was kept and is not in the list is gone.
-  if (!std::exchange(is_listed_, true)) services_.clear();
+  bool has_new_shape = std::exchange(has_new_list_, false);
   std::set<std::pair<std::string, std::size_t>> places;  // not pointers: a server that lies may tell of one twice
   for (kubernetes::Change& change : changes) {
     leave_out_the_server(change.services);

@@ -76,7 +76,7 @@ class Faults:
         self.again = 0  # how likely an old event comes once more behind new ones
         self.silent = False  # connections are taken, and nothing is answered
         self.slow = 0  # seconds between bytes of events
-        self.forbidden = set()  # (verb, plural)
+        self.forbidden = set()  # (verb, plural), or (verb, plural, namespace)
         self.chance = random.Random(1)
 
 
@@ -301,7 +301,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             is_check = verb == "list" and query.get("limit") == "1" and "continue" not in query
             api.requests.append(("check" if is_check else verb, plural, self.path))
             api.times.append(time.monotonic())
-        if (verb, plural) in api.faults.forbidden:
+        if {(verb, plural), (verb, plural, namespace)} & api.faults.forbidden:
             group = KINDS[plural][0]
             message = (f'{plural} is forbidden: User "system:serviceaccount:kube-system:clusterip" cannot {verb} resource '
                        f'"{plural}" in API group "{group}" at the cluster scope')

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
-// What kubernetes/ makes of an API server, as lines of JSON: {"services": {name: [...]}} for what changes, {"log":
-// line}, and {"status": ...} for each line on standard input. Its end ends the program. Arguments: key=value.
+// What kubernetes/ makes of an API server, as lines of JSON: {"services": {name: [...]}} for what changes, {"listed":
+// namespace}, {"resolved": [address]}, {"log": line}, and {"status": ...} for each line on standard input. Its end ends
+// the program. Arguments: key=value.
 #include <fmt/format.h>
 #include <unistd.h>
 
@@ -76,11 +77,18 @@ int main(int count, char** words) {
   boost::asio::io_context io;
   auto source = kubernetes::Source::create(
       io, choices, pace,
-      {.changed =
+      {.listed = [](const std::string& space) { print({{"listed", space}}); },
+       .changed =
            [](const std::vector<kubernetes::Change>& changes) {
              boost::json::object services;
              for (const kubernetes::Change& change : changes) services[change.name] = shown(change.services);
              print({{"services", std::move(services)}});
+           },
+       .resolved =
+           [](const std::vector<boost::asio::ip::tcp::endpoint>& addresses) {
+             boost::json::array texts;
+             for (const auto& one : addresses) texts.emplace_back(config::to_text(one.address(), one.port()));
+             print({{"resolved", std::move(texts)}});
            },
        .tell = [](bool is_error, const std::string& line) { print({{"log", line}, {"is_error", is_error}}); }});
   if (!source) {

@@ -50,6 +50,7 @@ class Watch:
         self.process = subprocess.Popen(words, preexec_fn=preexec, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.news = threading.Condition()
         self.state, self.log, self.statuses, self.failure, self.batches = {}, [], [], None, 0
+        self.listed, self.resolved, self.told = [], [], []
         self.repeated = []  # changes that changed nothing
         self.thread = threading.Thread(target=self.read, daemon=True)
         self.thread.start()
@@ -58,6 +59,7 @@ class Watch:
         for line in self.process.stdout:
             told = json.loads(line)
             with self.news:
+                self.told.append(told)
                 if "services" in told:
                     self.batches += 1
                     for name, services in told["services"].items():
@@ -66,6 +68,10 @@ class Watch:
                         self.state[name] = services
                         if not services:
                             del self.state[name]
+                elif "listed" in told:
+                    self.listed.append(told["listed"])
+                elif "resolved" in told:
+                    self.resolved.append(told["resolved"])
                 elif "log" in told:
                     self.log.append(told["log"])
                 elif "status" in told:
@@ -208,6 +214,35 @@ class Following(Stage):
         relabelled["metadata"]["labels"]["old"] = ""
         server.put("services", relabelled)
         watch.wait("its end", lambda: not watch.state)
+
+    def test_addresses_are_told_before_each_connect(self):
+        server = self.serve()
+        watch = self.watch(server=server.url)
+        watch.wait("a list", lambda: watch.batches)
+        self.assertEqual(watch.told[0], {"resolved": [f"127.0.0.1:{server.port}"]})
+        told = len(watch.resolved)
+        server.cut()
+        watch.wait("both again", lambda: len(watch.resolved) >= told + 2)
+        named = self.watch(server=f"http://localhost:{server.port}")
+        named.wait("a list", lambda: named.batches)
+        self.assertIn(f"127.0.0.1:{server.port}", named.resolved[0])
+        port = server.port
+        server.end()
+        deaf = self.watch(server=f"http://127.0.0.1:{port}")
+        deaf.wait("addresses where nobody listens", lambda: [f"127.0.0.1:{port}"] in deaf.resolved)
+
+    def test_a_namespace_is_listed_before_its_services_are_told(self):
+        server = self.serve()
+        for number, namespace in enumerate(("one", "two")):
+            server.put("services", service("web", number, namespace))
+        watch = self.watch(server=server.url, namespace=["one", "two"])
+        watch.wait("all", lambda: len(watch.state) == 2)
+        for namespace in ("one", "two"):
+            first = next(i for i, told in enumerate(watch.told) if f"{namespace}/web" in told.get("services", {}))
+            self.assertIn({"listed": namespace}, watch.told[:first])
+        whole = self.watch(server=server.url)
+        whole.wait("a list", lambda: whole.batches)
+        self.assertEqual(whole.listed, [""])
 
     @unittest.skipUnless(os.geteuid() == 0 or os.environ.get("CLUSTERIP_REQUIRE_PRIVILEGE") == "1", "needs root")
     def test_name_servers_that_are_silent_are_told_and_waited_for_no_longer(self):
@@ -633,6 +668,24 @@ class Authorities(Stage):
         server.faults.forbidden = set()
         watch.wait("a list", lambda: watch.batches)
 
+    def test_a_namespace_without_permission_keeps_no_other_from_being_served(self):
+        server = self.serve()
+        for number, namespace in enumerate(("one", "two", "three")):
+            server.put("services", service("web", number, namespace))
+        server.faults.forbidden = {("list", "endpointslices", "two")}
+        watch = self.watch(server=server.url, namespace=["one", "two", "three"])
+        watch.wait("two of them", lambda: set(watch.state) == {"one/web", "three/web"})
+        watch.wait("a line", lambda: any("403: missing permission: verb list on endpointslices" in line and
+                                         "in the namespace two" in line for line in watch.log))
+        self.assertEqual(sorted(watch.listed), ["one", "three"])
+        self.assertFalse(watch.status()["is_complete"])
+        server.put("endpointslices", slice_of("web", [3], namespace="three"))
+        watch.wait("a change", lambda: watch.backends("three/web") == [address(3)])
+        server.faults.forbidden = set()
+        watch.wait("the third", lambda: set(watch.state) == {"one/web", "two/web", "three/web"})
+        self.assertEqual(sorted(watch.listed), ["one", "three", "two"])
+        self.assertTrue(watch.status()["is_complete"])
+
     def write_kubeconfig(self, server, user, **cluster):
         data = {"apiVersion": "v1", "kind": "Config", "current-context": "test",
                 "clusters": [{"name": "c", "cluster": {"server": server.url, "certificate-authority": "authority.crt", **cluster}}],
@@ -721,7 +774,7 @@ class Authorities(Stage):
         server = self.serve(tls=self.tls("server"), tokens={"printed"})
         config = self.plugin("echo run >> runs; cat credentials", server)
         watch = self.watch(kubeconfig=config, namespace=["one", "two", "three"])
-        watch.wait("a list", lambda: watch.batches)
+        watch.wait("all lists", lambda: len(watch.listed) == 3)
         self.assertEqual(self.file("runs").read_text(), "run\n")
         self.plugin("", server, token="another")
         watched = server.count("watch", "services") + server.count("watch", "endpointslices")
