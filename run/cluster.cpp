@@ -18,6 +18,7 @@ namespace run {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+using Endpoints = std::vector<boost::asio::ip::tcp::endpoint>;
 using namespace std::chrono_literals;
 
 constexpr auto retry_time = 5s;  // when a merge has failed
@@ -44,16 +45,19 @@ class KubernetesCluster : public Cluster {
         handlers_(std::move(handlers)),
         services_(std::move(kept)),
         timer_(io),
-        opening_timer_(io) {}
+        opening_timer_(io) {
+    for (const auto& [name, services] : services_) kept_.insert(name);
+  }
 
   void open();
   bool leave_out_the_server(std::vector<config::Service>& services);
+  void leave_to_others(const Endpoints& server);
+  void forget_kept(const std::string& space);
   [[nodiscard]] const ClusterServices& services() const override { return services_; }
   void merge_soon() override;
   [[nodiscard]] ClusterStatus status() const override;
 
  private:
-  void forget_kept(const std::string& space);
   void change(std::vector<kubernetes::Change> changes);
 
   boost::asio::io_context& io_;
@@ -66,7 +70,9 @@ class KubernetesCluster : public Cluster {
   std::string opening_problem_;
   Clock::time_point next_merge_;  // not before
   bool is_merge_due_ = false;
-  bool has_new_list_ = false;
+  std::set<std::string> kept_;  // names that an earlier process left
+  bool has_new_list_ = false;   // the first of a namespace
+  Endpoints server_;            // where the API server is
   bool has_told_of_the_server_ = false;
   std::unique_ptr<kubernetes::Source> source_;
 };
@@ -77,17 +83,13 @@ void KubernetesCluster::open() {
       io_, choices_, kubernetes::Pace{},
       {.listed = [this](const std::string& space) { forget_kept(space); },
        .changed = [this](std::vector<kubernetes::Change> changes) { change(std::move(changes)); },
-       .resolved = [](const auto&) {},
+       .resolved = [this](const Endpoints& server) { leave_to_others(server); },
        .tell =
            [](bool is_error, const std::string& line) {
              spdlog::log(is_error ? spdlog::level::err : spdlog::level::info, "{}", line);
            }});
   if (source) {
     source_ = std::move(*source);
-    for (auto& [name, services] : services_) {
-      // Not at the first time: nothing was merged yet.
-      if (leave_out_the_server(services) && !opening_problem_.empty()) merge_soon();
-    }
     opening_problem_.clear();
     return;
   }
@@ -104,30 +106,39 @@ void KubernetesCluster::open() {
 /// A service by which this process itself reaches the API server is somebody else's: with backends that have moved,
 /// there would be no way to learn where they are. True when it was there.
 bool KubernetesCluster::leave_out_the_server(std::vector<config::Service>& services) {
-  const std::string server = source_->status().server;
-  const auto is_server = [&server](const config::Service& service) {
+  const auto is_server = [this](const config::Service& service) {
     return service.protocol == config::Protocol::tcp &&
-           server.ends_with("://" + config::to_text(service.vip, service.port));
+           std::ranges::find(server_, boost::asio::ip::tcp::endpoint(service.vip, service.port)) != server_.end();
   };
   const auto found = std::ranges::find_if(services, is_server);
   if (found == services.end()) return false;
   if (!std::exchange(has_told_of_the_server_, true))
     spdlog::warn(
         "kubernetes: service {} is how {} is reached: it is not served, but left to kube-proxy; to have it served, "
-        "give "
-        "kubernetes.server the API server's own address",
-        config::printable(found->name), server);
+        "give kubernetes.server the API server's own address",
+        config::printable(found->name), source_->status().server);
   std::erase_if(services, is_server);
   return true;
 }
 
-/// What was kept and is not in the list is gone.
+/// Before it is connected to, whatever name it has.
+void KubernetesCluster::leave_to_others(const Endpoints& server) {
+  server_ = server;
+  bool is_any_served = false;
+  for (auto& [name, services] : services_) is_any_served = leave_out_the_server(services) || is_any_served;
+  if (is_any_served && !handlers_.merge()) merge_soon();
+}
+
+/// What an earlier process left of a namespace, and is not in its list, is gone; so is what is not asked for any more.
 void KubernetesCluster::forget_kept(const std::string& space) {
-  has_new_list_ = true;
-  std::erase_if(services_, [&](const auto& one) {
-    const std::string kept_in = one.first.substr(0, one.first.find('/'));
-    return space.empty() || kept_in == space || !std::ranges::contains(choices_.namespaces, kept_in);
+  std::erase_if(kept_, [&](const std::string& name) {
+    const std::string of = name.substr(0, name.find('/'));
+    const bool is_asked_for = std::ranges::find(choices_.namespaces, of) != choices_.namespaces.end();
+    if (!space.empty() && of != space && is_asked_for) return false;
+    services_.erase(name);
+    return true;
   });
+  has_new_list_ = true;
 }
 
 void KubernetesCluster::change(std::vector<kubernetes::Change> changes) {

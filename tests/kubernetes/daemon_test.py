@@ -160,16 +160,21 @@ class Scenario(Stage):
         self.come_from(STATIC, "backend3")
 
     def test_the_service_by_which_the_api_server_is_reached_is_left_alone(self):
-        self.api.put("services", service("web", 0))
-        self.api.put("services", {**service("kubernetes", 1), "spec": {**service("kubernetes", 1)["spec"], "clusterIP": "127.0.0.1",
-                                                                       "ports": [{"port": self.api.port, "protocol": "TCP"}]}})
-        self.api.put("endpointslices", slice_of("web", [ONE]))
-        self.api.put("endpointslices", slice_of("kubernetes", [TWO]))
-        self.start()
-        self.come_from("10.96.0.1", "backend1")
-        self.assertEqual(sorted(one["name"] for one in self.status()["services"]), ["default/web:80/tcp", "fixed"])
-        self.assertIn(f"kubernetes: service default/kubernetes:{self.api.port}/tcp is how {self.api.url} is reached: it is not served",
-                      self.log.read_text())
+        for url in (self.api.url, f"http://localhost:{self.api.port}"):
+            with self.subTest(url):
+                self.file.write_text(self.file.read_text().replace(self.api.url, url))
+                self.log.write_text("")
+                self.api.put("services", service("web", 0))
+                self.api.put("services", {**service("kubernetes", 1), "spec": {
+                    **service("kubernetes", 1)["spec"], "clusterIP": "127.0.0.1", "ports": [{"port": self.api.port, "protocol": "TCP"}]}})
+                self.api.put("endpointslices", slice_of("web", [ONE]))
+                self.api.put("endpointslices", slice_of("kubernetes", [TWO]))
+                self.start()
+                self.come_from("10.96.0.1", "backend1")
+                self.assertEqual(sorted(one["name"] for one in self.status()["services"]), ["default/web:80/tcp", "fixed"])
+                self.assertIn(f"kubernetes: service default/kubernetes:{self.api.port}/tcp is how {url} is reached: it is not served",
+                              self.log.read_text())
+                self.remove()
 
     def test_a_server_that_sends_what_was_not_asked_for_does_no_harm(self):
         self.file.write_text(self.file.read_text().replace('node = "here"', 'node = "here"\nnamespaces = ["default", "other"]'))
