@@ -62,6 +62,7 @@ class Manifests(unittest.TestCase):
         self.assertEqual(POD["serviceAccountName"], "clusterip")
         labels = the("DaemonSet")["spec"]["template"]["metadata"]["labels"]
         self.assertEqual(the("DaemonSet")["spec"]["selector"]["matchLabels"], labels)
+        self.assertEqual(labels, {"app": "clusterip"})  # by which docs/kubernetes.md finds the pods
 
     def test_permissions_are_to_list_and_to_watch_two_kinds(self):
         self.assertEqual(the("ClusterRole")["rules"],

@@ -310,7 +310,8 @@ BLOCKS = {
         "kubectl -n kube-system exec daemonset/clusterip -- clusterip status --config /etc/clusterip/clusterip.toml":
             Elsewhere(CLUSTER, DEPLOY, '["clusterip", "status", "--config", "/etc/clusterip/clusterip.toml"]'),
         "kubectl -n kube-system edit configmap clusterip": Elsewhere(CLUSTER, DEPLOY, "'on_exit = \"detach\"'"),
-        "kubectl -n kube-system logs daemonset/clusterip --tail=3": Elsewhere(CLUSTER, DEPLOY, '"reloaded" in log.read_text()'),
+        "kubectl -n kube-system logs -l app=clusterip --prefix --tail=3":
+            Elsewhere(CLUSTER, DEPLOY, '"reloaded" in log.read_text()'),
         "kubectl delete -f deploy/kubernetes/clusterip.yaml": Elsewhere(CLUSTER, DEPLOY, "pod.terminate()"),
     },
     "docs/man/clusterip.1.md": {
