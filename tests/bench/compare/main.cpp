@@ -164,6 +164,7 @@ std::vector<bench::Series> measure(const Choice& choice, const std::vector<const
                                    const std::vector<const bench::Peer*>& peers) {
   std::vector<bench::Series> all;
   for (const bench::Measure* measure : measures) {
+    const auto begin = std::chrono::steady_clock::now();
     std::vector<const bench::Peer*> taking_part;
     std::ranges::copy_if(peers, std::back_inserter(taking_part),
                          [&](const bench::Peer* peer) { return measure->has(*peer); });
@@ -178,7 +179,9 @@ std::vector<bench::Series> measure(const Choice& choice, const std::vector<const
                    in_words(*measure, trials[i]));
       }
     }
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
     std::cout << bench::table(*measure, series) << std::flush;
+    fmt::print(stderr, "{} took {:.1f} s\n", measure->name, took.count());
     std::ranges::move(series, std::back_inserter(all));
     write_json(choice, all);
   }
@@ -222,14 +225,14 @@ int main(int argc, char** argv) {
   add("help", "show this text");
   add("only", po::value(&only)->value_name("TEST[,...]"),
       "of connect, miss, rate, request1, request1024, bulk1, bulk8, services, backends, udp, udpmiss, idle, listeners, "
-      "update, start; or one of a group, like services-1000");
+      "update, reload, start; or one of a group, like services-1000");
   add("peers", po::value(&peers)->value_name("PEER[,...]"),
       "of direct, bpf, bpf-names, nftables, iptables, userspace, haproxy, haproxy-splice, nginx");
   add("quick", po::bool_switch(&choice.options.quick), "few and short rounds: under a minute, and rough figures");
   add("rounds", po::value(&choice.options.rounds)->value_name("N"), "rounds; 5, or 2 with --quick");
   add("turns", po::value(&choice.options.turns)->value_name("N"),
       "turns of milliseconds in a round; 20, or 8 with --quick. Loads have a quarter");
-  add("seconds", po::value(&seconds)->value_name("S"), "how long a load is measured in each turn; 0.4, or 0.1");
+  add("seconds", po::value(&seconds)->value_name("S"), "how long a load is measured in each turn; 0.3, or 0.1");
   add("threads", po::value(&choice.options.threads)->value_name("N")->default_value(2), "of each proxy");
   add("stage", po::value(&choice.options.stage)->value_name("veth|loopback")->default_value("veth"),
       "where the backends are: at the far end of a virtual cable, or behind the clients' own loopback");
@@ -242,7 +245,9 @@ int main(int argc, char** argv) {
       return 0;
     }
     po::variables_map given;
-    po::store(po::parse_command_line(argc, argv, options), given);
+    // An option is what it says, not what it begins with.
+    const int style = po::command_line_style::default_style & ~po::command_line_style::allow_guessing;
+    po::store(po::parse_command_line(argc, argv, options, style), given);
     po::notify(given);
     if (given.contains("help")) {
       std::cout << options;
@@ -251,7 +256,7 @@ int main(int argc, char** argv) {
     const bool quick = choice.options.quick;
     if (!given.contains("rounds")) choice.options.rounds = quick ? 2 : 5;
     if (!given.contains("turns")) choice.options.turns = quick ? 8 : 20;
-    if (!given.contains("seconds")) seconds = quick ? 0.1 : 0.4;
+    if (!given.contains("seconds")) seconds = quick ? 0.1 : 0.3;
     const auto is_number = [](std::size_t value) { return value >= 1 && value <= 1000; };  // -1 is read as a large one
     if (!is_number(choice.options.rounds) || !is_number(choice.options.turns) || !is_number(choice.options.threads) ||
         !(seconds > 0 && seconds <= 60))

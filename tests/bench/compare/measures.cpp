@@ -24,7 +24,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr std::size_t in_flight = 32;
 constexpr std::size_t idle_connections = 9000;
-constexpr std::uint32_t listeners = 9500;
+constexpr std::uint32_t listeners = 10000;
 
 double microseconds_since(Clock::time_point begin) {
   return std::chrono::duration<double, std::micro>(Clock::now() - begin).count();
@@ -90,10 +90,12 @@ void stay_on_one_cpu() {
 struct Scene {
   std::unique_ptr<Server> server;
   std::unique_ptr<support::Fd> listener;
-  std::unique_ptr<Running> running;  // null: the clients connect to the backends
+  std::unique_ptr<MemoryAccount> memory;  // of all but the server, where it was asked for
+  std::unique_ptr<Running> running;       // null: the clients connect to the backends
 };
 
-std::shared_ptr<Scene> make_scene(const Peer& peer, const Place& place, Task task, const Behaviour* behaviour) {
+std::shared_ptr<Scene> make_scene(const Peer& peer, const Place& place, Task task, const Behaviour* behaviour,
+                                  bool with_account = false) {
   auto scene = std::make_shared<Scene>();
   place.at_the_backends([&] {
     if (behaviour != nullptr)
@@ -102,6 +104,7 @@ std::shared_ptr<Scene> make_scene(const Peer& peer, const Place& place, Task tas
       scene->listener = std::make_unique<support::Fd>(listen_at(backend_port));
   });
   place.cgroup().enter();
+  if (with_account) scene->memory = std::make_unique<MemoryAccount>(place.cgroup());
   task.answered = [&scene](const sockaddr_in& there) {
     return scene->listener ? connect_in_turn(*scene->listener, 1, [&] { return there; }).failures == 0 : answers(there);
   };
@@ -258,15 +261,17 @@ double tracked_connections() {
 
 Stage::Turn idle(const Peer& peer, const Options& options, const Place& place) {
   const Behaviour behaviour = Behaviour::echo;
-  const auto scene = make_scene(peer, place, {.threads = options.threads}, &behaviour);
+  const auto scene = make_scene(peer, place, {.threads = options.threads}, &behaviour, true);
   const sockaddr_in there = peer.is_direct() ? backend_endpoint(0) : vip_endpoint(0);
   return [=] {
     open_idle(there, in_flight);  // what the first connections need is no matter of their number
     const auto memory = [&] { return scene->running ? scene->running->memory("Rss") : not_measured; };
     const double before = memory();
+    const double charged_before = scene->memory->kib();
     const double tracked_before = tracked_connections();
     Idle idle = open_idle(there, idle_connections);
     const double after = memory();
+    const double charged = scene->memory->kib() - charged_before;
     const double tracked = tracked_connections() - tracked_before;
     // Whoever closes idle connections need not remember them.
     for (const support::Fd& connection : idle.connections) {
@@ -277,6 +282,7 @@ Stage::Turn idle(const Peer& peer, const Options& options, const Place& place) {
     Figures figures;
     figures.values[0] = (after - before) / count;
     figures.values[1] = tracked / count;
+    figures.values[2] = charged / count;
     figures.failures = idle.failures;
     return figures;
   };
@@ -301,7 +307,7 @@ Stage::Turn start_up(const Peer& peer, const Place& place, const Task& task) {
   return [&peer, &place, task] {
     const Job job = peer.start_up(place, task);
     Figures figures;
-    figures.values = {job.seconds, job.peak_mib, job.cpu_seconds, not_measured};
+    figures.values = {job.seconds, job.peak_mib, job.cpu_seconds, job.maps_mib};
     return figures;
   };
 }
@@ -313,13 +319,16 @@ Stage::Turn updates(const Peer& peer, const Options& options, const Place& place
   const auto scene = make_scene(peer, place, task, nullptr);
   auto random = std::make_shared<std::mt19937>(1);
   auto fresh = std::make_shared<std::uint32_t>(task.services);  // numbers that no service has had
-  const std::size_t changes = options.quick ? 5 : 20;
+  const std::size_t few = 5;
+  const std::size_t changes = options.quick ? few : 20;
   return [=] {
     std::vector<double> call;
     std::vector<double> used;
     std::vector<double> cpu;
     Figures figures;
-    for (std::size_t i = 0; i < changes; ++i) {
+    const auto first = Clock::now();
+    // Where each takes a good part of a second, a few say it as well.
+    for (std::size_t i = 0; i < changes && (i < few || microseconds_since(first) < 2e6); ++i) {
       const auto service = static_cast<std::uint32_t>((*random)() % task.services);
       const std::uint32_t number = (*fresh)++;
       const double cpu_before = cpu_microseconds_with_children();
@@ -333,6 +342,24 @@ Stage::Turn updates(const Peer& peer, const Options& options, const Place& place
       used.push_back(microseconds_since(begin));
     }
     figures.values = {quantile(call, 0.5), quantile(used, 0.5), quantile(used, 1), quantile(cpu, 0.5)};
+    return figures;
+  };
+}
+
+/// All services are loaded again while they are served, with one backend of one of them exchanged.
+Stage::Turn reloads(const Peer& peer, const Place& place, const Task& task) {
+  const auto scene = make_scene(peer, place, task, nullptr);
+  return [=] {
+    const std::uint32_t service = task.services / 2;
+    const std::uint32_t number = task.services * task.backends;  // that no service has had
+    const Job job = scene->running->reload(service, number);
+    // The new one is one of `backends` at random.
+    bool seen = false;
+    for (std::uint32_t i = 0; i < task.backends * 100 && !seen; ++i)
+      seen = accepted_at(*scene->listener, vip_endpoint(service)) == backend(number);
+    if (!seen) throw std::runtime_error("the new backend is not used");
+    Figures figures;
+    figures.values = {job.seconds, job.cpu_seconds, not_measured, not_measured};
     return figures;
   };
 }
@@ -405,12 +432,12 @@ std::vector<Measure> make_measures() {
   }
   all.push_back({.name = "idle",
                  .title = fmt::format("{} idle connections, what each leaves", idle_connections),
-                 .columns = {{"RSS of the proxy, KiB", 2}, {"entries of conntrack", 2}},
+                 .columns = {{"RSS of the proxy, KiB", 2}, {"entries of conntrack", 2}, {"charged, KiB", 2}},
                  .turns = Turns::one,
                  .for_quick = false,
                  .set_up = idle});
   all.push_back({.name = "listeners",
-                 .title = fmt::format("{} VIPs", listeners),
+                 .title = fmt::format("{} VIPs", thousands(listeners)),
                  .columns = {{"ready after, s", 2}, {"PSS, MiB", 1}},
                  .turns = Turns::one,
                  .for_quick = false,
@@ -427,12 +454,22 @@ std::vector<Measure> make_measures() {
          .set_up = [services](const Peer& peer, const Options& options,
                               const Place& place) { return updates(peer, options, place, {.services = services}); }});
   }
+  const Task reloaded{.services = 50000, .backends = 10};
+  all.push_back({.name = fmt::format("reload-{}", reloaded.services),
+                 .title = fmt::format("all of {} services of 10 backends again, one backend changed",
+                                      thousands(reloaded.services)),
+                 .columns = {{"s", 2}, {"CPU s", 2}},
+                 .turns = Turns::one,
+                 .for_quick = false,
+                 .possible = [](const Peer& peer) { return peer.reloads; },
+                 .set_up = [reloaded](const Peer& peer, const Options&,
+                                      const Place& place) { return reloads(peer, place, reloaded); }});
   for (const std::uint32_t services : {1000U, 50000U}) {
     const Task task{.services = services, .backends = 10};
     all.push_back(
         {.name = fmt::format("start-{}", services),
          .title = fmt::format("start with {} services of 10 backends", thousands(services)),
-         .columns = {{"s", 2}, {"peak RSS, MiB", 0}, {"CPU s", 2}},
+         .columns = {{"s", 2}, {"peak RSS, MiB", 0}, {"CPU s", 2}, {"maps, MiB", 1}},
          .turns = Turns::one,
          .for_quick = false,
          .possible =

@@ -12,8 +12,10 @@
 
 #include <algorithm>
 #include <chrono>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <sstream>
 #include <stdexcept>
 #include <thread>
@@ -78,14 +80,23 @@ std::string nginx_config(const Task& task) {
   return text + "}\n";
 }
 
-std::string clusterip_config(const Task& task, const std::string& tables) {
+/// `instead` stands where the last backend of `changed` would.
+struct Change {
+  std::uint32_t changed = 0;
+  std::uint32_t instead = 0;
+};
+
+std::string clusterip_config(const Task& task, const std::string& tables, const Change* change = nullptr) {
   std::string text = fmt::format("{}[limits]\nservices = {}\nbackends = {}\n", tables, std::max(task.services, 256U),
                                  std::max(task.services * task.backends, 4096U));
   for (std::uint32_t i = 0; i < task.services; ++i) {
     text += fmt::format("[[service]]\nname = \"bench{}\"\nvip = \"{}\"\nport = {}\nprotocol = \"{}\"\nbackends = [", i,
                         dotted(vip(i)), vip_port, task.protocol());
-    for (std::uint32_t k = 0; k < task.backends; ++k)
-      text += fmt::format("{}\"{}:{}\"", k > 0 ? ", " : "", dotted(backend(i * task.backends + k)), backend_port);
+    for (std::uint32_t k = 0; k < task.backends; ++k) {
+      const bool other = change != nullptr && change->changed == i && k + 1 == task.backends;
+      text += fmt::format("{}\"{}:{}\"", k > 0 ? ", " : "",
+                          dotted(backend(other ? change->instead : i * task.backends + k)), backend_port);
+    }
     text += "]\n";
   }
   return text;
@@ -96,8 +107,8 @@ std::string userspace_config(const Task& task) {
       task, fmt::format("[engine]\ncontrol = \"{}/control.sock\"\n[userspace]\nthreads = {}\n", scratch, task.threads));
 }
 
-std::string fast_path_config(const Task& task, bool peer_names) {
-  return clusterip_config(task, fmt::format("[engine]\npeer_names = {}\n", peer_names));
+std::string fast_path_config(const Task& task, bool peer_names, const Change* change = nullptr) {
+  return clusterip_config(task, fmt::format("[engine]\npeer_names = {}\n", peer_names), change);
 }
 
 // --- programs -------------------------------------------------------------------------------------------------------
@@ -126,9 +137,15 @@ pid_t start(const std::vector<std::string>& command, const std::string& log) {
   return pid;
 }
 
+std::string job_log() { return in_scratch("job.log"); }
+
+double in_seconds(const timeval& time) {
+  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) / 1e6;
+}
+
 /// Blocks until it has ended, and measures it.
 Job run_job(const std::vector<std::string>& command) {
-  const std::string log = in_scratch("job.log");
+  const std::string log = job_log();
   const auto begin = Clock::now();
   const pid_t pid = start(command, log);
   int status = 0;
@@ -137,9 +154,6 @@ Job run_job(const std::vector<std::string>& command) {
   const double seconds = seconds_since(begin);
   if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
     throw std::runtime_error(fmt::format("{}: {}", command[0], beginning_of(log)));
-  const auto in_seconds = [](const timeval& time) {
-    return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) / 1e6;
-  };
   return {.seconds = seconds,
           .cpu_seconds = in_seconds(usage.ru_utime) + in_seconds(usage.ru_stime),
           .peak_mib = static_cast<double>(usage.ru_maxrss) / 1024};
@@ -234,10 +248,28 @@ void check(int result, const clusterip_error& error) {
   if (result < 0) throw std::runtime_error(error.message);
 }
 
+/// What the kernel says that the maps take to which this process has descriptors.
+double maps_mib() {
+  std::map<std::string, double> bytes;  // by id: several descriptors may lead to one
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fdinfo")) {
+    std::ifstream file(entry.path());
+    std::string key;
+    std::string value;
+    std::string memory;
+    while (file >> key >> value) {
+      if (key == "memlock:") memory = value;
+      if (key == "map_id:" && !memory.empty()) bytes[value] = std::stod(memory);
+    }
+  }
+  double sum = 0;
+  for (const auto& [id, of_one] : bytes) sum += of_one;
+  return sum / (1 << 20);
+}
+
 /// Used as a host uses it, through the C ABI.
 class FastPath : public Running {
  public:
-  FastPath(const Place& place, const Task& task, bool peer_names) {
+  FastPath(const Place& place, const Task& task, bool peer_names) : task_(task), peer_names_(peer_names) {
     const std::string text = fast_path_config(task, peer_names);
     const clusterip_options options{sizeof options, place.cgroup().path().c_str(), nullptr, 0, 0};
     const auto begin = Clock::now();
@@ -254,7 +286,24 @@ class FastPath : public Running {
     check(clusterip_set_backends(handle_, fmt::format("bench{}", service).c_str(), &backend, 1, &error_), error_);
   }
 
+  Job reload(std::uint32_t service, std::uint32_t number) override {
+    const Change change{.changed = service, .instead = number};
+    const std::string text = fast_path_config(task_, peer_names_, &change);
+    const auto cpu_seconds = [] {
+      rusage usage{};
+      ::getrusage(RUSAGE_SELF, &usage);
+      return in_seconds(usage.ru_utime) + in_seconds(usage.ru_stime);
+    };
+    const double cpu_before = cpu_seconds();
+    const auto begin = Clock::now();
+    check(clusterip_load_text(handle_, text.data(), text.size(), "bench", &error_), error_);
+    const double seconds = seconds_since(begin);
+    return {.seconds = seconds, .cpu_seconds = cpu_seconds() - cpu_before};
+  }
+
  private:
+  const Task task_;
+  const bool peer_names_;
   clusterip* handle_ = nullptr;
   clusterip_error error_{
       .size = sizeof(clusterip_error), .code = 0, .line = 0, .column = 0, .reserved = 0, .message = {}};
@@ -298,9 +347,11 @@ Peer fast_path(const std::string& name, bool peer_names) {
   const auto start_up = [peer_names](const Place& place, const Task& task) {
     const std::string file = in_scratch("clusterip.toml");
     write_file(file, fast_path_config(task, peer_names));
-    return run_job({"/proc/self/exe", host_command, file, place.cgroup().path()});
+    Job job = run_job({"/proc/self/exe", host_command, file, place.cgroup().path()});
+    job.maps_mib = std::stod(support::read_text(job_log()));
+    return job;
   };
-  return {.name = name, .start = start, .start_up = start_up, .replaces = true};
+  return {.name = name, .start = start, .start_up = start_up, .replaces = true, .reloads = true};
 }
 
 Peer proxied(const std::string& name, const std::vector<std::string>& command,
@@ -343,9 +394,11 @@ void serve_as_host(const char* file, const char* cgroup) {
   check(clusterip_open(&options, &handle, &error), error);
   check(clusterip_load_file(handle, file, &error), error);
   check(clusterip_attach(handle, &error), error);  // the kernel takes it away with the process
+  fmt::print("{}\n", maps_mib());
 }
 
 void Running::replace_backend(std::uint32_t, std::uint32_t) { throw std::logic_error("it cannot"); }
+Job Running::reload(std::uint32_t, std::uint32_t) { throw std::logic_error("it cannot"); }
 
 std::vector<Peer> all_peers() {
   const std::string file = in_scratch("config");
@@ -365,7 +418,7 @@ std::vector<Peer> all_peers() {
       proxied("nginx", {"/usr/sbin/nginx", "-e", "stderr", "-p", scratch, "-c", file}, nginx_config),
   };
   for (Peer& peer : peers) {
-    // What 50,000 of them would take is no time to wait for: both programs need the square of the number of chains.
+    // What 50,000 of them would take is no time to wait for: nft needs the square of their number, or more.
     if (peer.name.ends_with("tables")) peer.most_services = peer.most_backends = 10000;
     if (peer.name == "nginx") peer.needs.push_back(nginx_stream);
     if (peer.name.starts_with("haproxy")) peer.udp = false;

@@ -36,6 +36,14 @@ std::uint32_t backend(std::uint32_t number);
 sockaddr_in vip_endpoint(std::uint32_t service);
 sockaddr_in backend_endpoint(std::uint32_t number);
 
+/// What takes a configuration, and has done its work at the end.
+struct Job {
+  double seconds = 0;
+  double cpu_seconds = 0;
+  double peak_mib = 0;             // resident
+  double maps_mib = not_measured;  // of the kernel's, for BPF
+};
+
 /// What leads from the VIPs to the backends, up and running. Ends with this object.
 class Running {
  public:
@@ -54,15 +62,11 @@ class Running {
   /// The one backend of `service` leaves, and `number` comes in its place.
   virtual void replace_backend(std::uint32_t service, std::uint32_t number);
 
+  /// The whole configuration again, while it serves, with `number` for the last backend of `service`.
+  virtual Job reload(std::uint32_t service, std::uint32_t number);
+
  protected:
   double seconds_until_ready_ = 0;
-};
-
-/// A program that is started with a configuration, and ends when it has done its work.
-struct Job {
-  double seconds = 0;
-  double cpu_seconds = 0;
-  double peak_mib = 0;  // resident
 };
 
 /// One who takes part.
@@ -79,6 +83,7 @@ struct Peer {
   bool proxy = false;                                                       // processes in the path
   bool udp = true;                                                          // serves that, too
   bool replaces = false;                                                    // one backend, without all else
+  bool reloads = false;                                                     // all of it, while it serves
 
   bool is_direct() const { return !start; }
 };

@@ -129,24 +129,27 @@ const Series* find(const std::vector<Series>& series, std::string_view measure, 
 }
 
 /// One peer's figure, or its ratio to `direct`; NaN when that was not measured.
-double median_of(const Goal& goal, std::string_view measure, const std::vector<Series>& series) {
+Spread spread_of(const Goal& goal, std::string_view measure, const std::vector<Series>& series) {
   const Series* of = find(series, measure, goal.peer);
-  if (of == nullptr) return not_measured;
-  if (!goal.of_ratios) return spread(*of, goal.column).median;
+  if (of == nullptr) return {};
+  if (!goal.of_ratios) return spread(*of, goal.column);
   const Series* base = find(series, measure, direct);
-  return base == nullptr ? not_measured : ratio(*of, *base, goal.column).median;
+  return base == nullptr ? Spread{} : ratio(*of, *base, goal.column);
 }
 
-/// What was reached, if it was measured.
-std::optional<double> reached(const Goal& goal, const std::vector<Series>& series) {
+/// What was reached, if it was measured. Rounds of two measures have nothing to do with each other: there it is from
+/// the least of the one to the most of the other.
+std::optional<Spread> reached(const Goal& goal, const std::vector<Series>& series) {
   const Series* of = find(series, goal.measure, goal.peer);
   if (of == nullptr) return {};
-  double value = median_of(goal, goal.measure, series);
-  if (const Series* peer = find(series, goal.measure, goal.to); peer != nullptr)
-    value = ratio(*of, *peer, goal.column).median;
-  else if (!goal.to.empty())
-    value /= median_of(goal, goal.to, series);
-  return std::isfinite(value) ? std::optional(value) : std::nullopt;
+  Spread value = spread_of(goal, goal.measure, series);
+  if (const Series* peer = find(series, goal.measure, goal.to); peer != nullptr) {
+    value = ratio(*of, *peer, goal.column);
+  } else if (!goal.to.empty()) {
+    const Spread base = spread_of(goal, goal.to, series);
+    value = {.min = value.min / base.max, .median = value.median / base.median, .max = value.max / base.min};
+  }
+  return std::isfinite(value.median) ? std::optional(value) : std::nullopt;
 }
 
 /// What is compared.
@@ -157,8 +160,15 @@ std::string figure_of(const Goal& goal, const std::vector<Series>& series) {
 
 bool is_met(const Goal& goal, double value) { return goal.at_least ? value >= goal.bound : value <= goal.bound; }
 
-std::string in_words(const Goal& goal, double value) {
-  return fmt::format("{} {}: {}", goal.at_least ? ">=" : "<=", goal.bound, is_met(goal, value) ? "met" : "MISSED");
+/// Of the rounds, not only of their median.
+std::string_view verdict(const Goal& goal, const Spread& value) {
+  const bool least = is_met(goal, value.min);
+  const bool most = is_met(goal, value.max);
+  return least && most ? "met" : least || most ? "within noise" : "missed";
+}
+
+std::string in_words(const Goal& goal, const Spread& value) {
+  return fmt::format("{} {}: {}", goal.at_least ? ">=" : "<=", goal.bound, verdict(goal, value));
 }
 
 std::string number(double value, int decimals, int width) {
@@ -299,7 +309,7 @@ std::string other_goals(const std::vector<Series>& series) {
     if (!value) continue;
     text += fmt::format("  {:<80}{:>8.3f}   {}\n",
                         fmt::format("{} of {}, {} to {}", figure_of(goal, series), goal.measure, goal.peer, goal.to),
-                        *value, in_words(goal, *value));
+                        value->median, in_words(goal, *value));
   }
   return text.empty() ? text : "\nbetween measures, and to peers other than direct\n" + text;
 }
@@ -328,8 +338,17 @@ json::value as_json(const std::vector<Series>& series, const Options& options) {
                                          {"peer", goal.peer},
                                          {"to", goal.to},
                                          {"goal", fmt::format("{} {}", goal.at_least ? ">=" : "<=", goal.bound)},
-                                         {"reached", *value},
-                                         {"met", is_met(goal, *value)}});
+                                         {"reached", as_json(*value)},
+                                         {"met", is_met(goal, value->median)},
+                                         {"verdict", verdict(goal, *value)}});
+  }
+  const std::vector<Peer> everybody = all_peers();
+  json::object whole;
+  for (const Measure& measure : all_measures()) {
+    json::array peers;
+    for (const Peer& peer : everybody)
+      if (measure.has(peer)) peers.push_back(json::value(peer.name));
+    whole[measure.name] = std::move(peers);
   }
   return json::object{{"machine", machine()},
                       {"stage", options.stage},
@@ -339,6 +358,7 @@ json::value as_json(const std::vector<Series>& series, const Options& options) {
                       {"turns", options.turns},
                       {"seconds", options.seconds.count()},
                       {"threads", options.threads},
+                      {"whole", std::move(whole)},
                       {"measured", std::move(measured)},
                       {"goals", std::move(reached_goals)}};
 }

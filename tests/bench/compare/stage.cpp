@@ -10,6 +10,7 @@
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -20,6 +21,8 @@
 #include <fstream>
 #include <memory>
 #include <new>
+#include <sstream>
+#include <stdexcept>
 #include <utility>
 
 #include "tests/support/environment.h"
@@ -50,6 +53,30 @@ void set_network(const std::string& congestion_control) {
   // What was learnt of one destination would be of no use among many, and takes memory for each.
   write_setting(ipv4 + "tcp_no_metrics_save", "1");
   write_setting("/proc/sys/net/core/somaxconn", "4096");
+}
+
+/// Where this process is in the hierarchy of the first version that accounts for memory; empty when there is none.
+std::string own_memory_cgroup() {
+  std::string mount;
+  std::ifstream mounts("/proc/self/mounts");
+  for (std::string line; std::getline(mounts, line);) {
+    std::istringstream fields(line);
+    std::string device;
+    std::string place;
+    std::string type;
+    std::string options;
+    fields >> device >> place >> type >> options;
+    if (type == "cgroup" && (',' + options + ',').contains(",memory,")) mount = place;
+  }
+  std::ifstream membership("/proc/self/cgroup");
+  for (std::string line; !mount.empty() && std::getline(membership, line);)
+    if (const auto at = line.find(":memory:"); at != std::string::npos) return mount + line.substr(at + 8);
+  return {};
+}
+
+std::string memory_cgroup(const support::Cgroup& cgroup) {
+  const std::string own = own_memory_cgroup();
+  return own.empty() ? own : own + cgroup.path().substr(cgroup.path().rfind('/'));
 }
 
 void set_the_stage() {
@@ -85,6 +112,30 @@ void Place::at_the_backends(const std::function<void()>& body) const {
   if (!other_host_) return body();
   const support::OtherHost::Stay stay(*other_host_);
   body();
+}
+
+MemoryAccount::MemoryAccount(const support::Cgroup& cgroup) {
+  if (const std::string file = cgroup.path() + "/memory.current"; ::access(file.c_str(), R_OK) == 0) {
+    cgroup.enter();
+    file_ = file;
+    return;
+  }
+  const std::string path = memory_cgroup(cgroup);
+  if (path.empty() || ::mkdir(path.c_str(), 0755) != 0) return;
+  write_setting(path + "/cgroup.procs", "0");
+  file_ = path + "/memory.usage_in_bytes";
+}
+
+double MemoryAccount::kib() const {
+  if (file_.empty()) return not_measured;
+  std::ifstream file(file_);
+  double bytes = 0;
+  if (!(file >> bytes)) throw std::runtime_error(file_ + " cannot be read");
+  return bytes / 1024;
+}
+
+void MemoryAccount::close(const support::Cgroup& cgroup) {
+  if (const std::string path = memory_cgroup(cgroup); !path.empty()) ::rmdir(path.c_str());
 }
 
 /// Written by the process on the stage, read when it has said so.
@@ -139,6 +190,7 @@ Stage::~Stage() { end(); }
 void Stage::end() const {
   ::kill(pid_, SIGKILL);
   ::waitpid(pid_, nullptr, 0);
+  MemoryAccount::close(cgroup_);
   ::munmap(note_, sizeof(Note));
 }
 

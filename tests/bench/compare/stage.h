@@ -58,6 +58,22 @@ class Place {
   const support::Cgroup& cgroup_;
 };
 
+/// What the kernel charges for this process, and for what it starts: its own pages and the kernel's, from when this
+/// object was made. Needs the memory controller, in whichever hierarchy of cgroups it is.
+class MemoryAccount {
+ public:
+  explicit MemoryAccount(const support::Cgroup& cgroup);
+
+  /// NaN where nothing is accounted.
+  double kib() const;
+
+  /// Once no process is left in it.
+  static void close(const support::Cgroup& cgroup);
+
+ private:
+  std::string file_;
+};
+
 /// A forked copy of this process with namespaces of its own (network, PID, mount) and a cgroup. Everything that it has
 /// started ends with this object, or with this process.
 class Stage {
