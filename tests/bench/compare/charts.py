@@ -3,7 +3,6 @@
 
 import html
 import math
-import pathlib
 
 WIDTH, LABELS, RIGHT, ROW, BAR = 720, 130, 130, 24, 14
 
@@ -199,15 +198,12 @@ def curves(measures, column, takes_part, what):
     return title, svg(top + height + 26, title, parts)
 
 
-def draw(figures, directory):
-    """Those charts for which there are figures: returns the names and titles of the files."""
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+def draw(figures):
+    """Those charts for which there are figures: file, title and text of each."""
     drawn = []
 
     def put(file, title, drawing):
-        (directory / f"{file}.svg").write_text(drawing)
-        drawn.append((f"{file}.svg", title))
+        drawn.append((f"{file}.svg", title, drawing))
 
     for file, name, column, takes_part, better in BARS:
         measure = of(figures, name)

@@ -1,31 +1,45 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Puts the figures of bench_compare into docs/benchmarks.md, between two comments there, and the charts beside it."""
+"""The figures of bench_compare as docs/benchmarks.md shows them: between comments there, those through a virtual cable at one place
+and those on loopback at another."""
 
-import pathlib
+import json
 import statistics
 
 import charts
 
-BEGIN, END = "<!-- figures: tests/bench/compare/run --document -->\n", "<!-- end of figures -->\n"
+MARKS = {"veth": ("<!-- figures: tests/bench/compare/run --document -->\n", "<!-- end of figures -->\n"),
+         "loopback": ("<!-- figures of loopback: the same command -->\n", "<!-- end of figures of loopback -->\n")}
 PEERS = ["direct", "bpf", "bpf-names", "nftables", "iptables", "userspace", "haproxy", "haproxy-splice", "nginx"]
+PROXIES = PEERS[5:]
+LEAST_ROUNDS = 5
+# What the goals of the userspace engine were set for.
+LOOPBACK_MEASURES, LOOPBACK_PEERS = ["rate", "request1024", "bulk1", "bulk8"], ["direct", *PROXIES]
+LOOPBACK_OPTIONS = ["--stage", "loopback", "--only", ",".join(LOOPBACK_MEASURES), "--peers", ",".join(LOOPBACK_PEERS)]
+# The same thing, measured at three times.
+THRICE = ["connect", "services-1", "backends-1"]
+ANSWERED = 3  # the column
 
 # Title, whether ratios to direct are shown as well, and rows: measure, column.
 TABLES = [
     ("Connections, one after the other", True,
      [(measure, column) for measure in ("connect", "miss") for column in range(4)]),
     ("Loads", True,
-     [("rate", 0), ("request1", 0), ("request1024", 0), ("bulk1", 0), ("bulk8", 0), ("bulk1", 1), ("bulk8", 1)]),
+     [("rate", 0), ("request1", 0), ("request1024", 0), ("bulk1", 0), ("bulk8", 0),
+      ("rate", 1), ("request1", 1), ("request1024", 1), ("bulk1", 1), ("bulk8", 1)]),
     ("Many services, many backends", True,
      [(f"{group}-{count}", column)
       for group, counts in (("services", (1, 1000, 10000, 50000)), ("backends", (1, 10, 100, 1000)))
       for column in (1, 3) for count in counts]),
     ("Datagrams", True, [(measure, column) for measure in ("udp", "udpmiss") for column in range(4)]),
     ("What a proxy's processes take", False,
-     [("rate", 2), ("request1024", 2), ("bulk1", 2), ("bulk8", 2), ("idle", 0), ("listeners", 0), ("listeners", 1)]),
-    ("What the kernel tracks", False, [("idle", 1)]),
+     [("rate", 2), ("request1", 2), ("request1024", 2), ("bulk1", 2), ("bulk8", 2), ("idle", 0), ("listeners", 0),
+      ("listeners", 1)]),
+    ("What each idle connection leaves in the kernel's connection tracking, and what it is charged in all", False,
+     [("idle", 1), ("idle", 2)]),
     ("Changes and starts", False,
      [(f"update-{count}", column) for count in (10, 10000, 50000) for column in range(4)] +
-     [(f"start-{count}", column) for count in (1000, 50000) for column in range(3)]),
+     [("reload-50000", 0), ("reload-50000", 1)] +
+     [(f"start-{count}", column) for count in (1000, 50000) for column in range(4)]),
 ]
 
 
@@ -56,17 +70,86 @@ def others(figures, measures):
 
 def conditions(figures):
     """What it was measured on, and how."""
-    said = f"Measured on: {figures['machine']}; " + ", ".join(figures["versions"].values())
-    if figures.get("commit"):
-        said += f", of {figures['commit']}"
-    if figures.get("rounds"):
-        said += (f"; {figures['rounds']} rounds of {figures['turns']} turns, loads of {figures['seconds']} s; "
-                 f"{figures['stage']}, {figures['congestion_control']}")
-    return said + "."
+    build = figures["build"]
+    return (f"Measured on: {figures['machine']}; {', '.join(figures['versions'].values())}; of {figures['commit']}, built as "
+            f"{build['type']} ({build['flags']}; {', '.join(build['options'])}); {figures['rounds']} rounds of {figures['turns']} "
+            f"turns, loads of {figures['seconds']} s; {figures['threads']} threads for each proxy; {figures['stage']}, "
+            f"{figures['congestion_control']}.")
 
 
 def row(name, cells):
     return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def times(least, most):
+    return f"{least:.2f} x" if f"{least:.2f}" == f"{most:.2f}" else f"{least:.2f} x to {most:.2f} x"
+
+
+def of_peers(measures, name):
+    return {peer["peer"]: peer for peer in measures[name]["peers"]} if name in measures else {}
+
+
+def thrice(measures):
+    """How well what was measured three times agrees."""
+    seen = [of_peers(measures, name) for name in THRICE]
+    lines = []
+    for peer in PEERS[1:]:
+        if not all(peer in one and one[peer]["ratios"] for one in seen):
+            continue
+        ratios = [one[peer]["ratios"][ANSWERED] for one in seen]
+        medians = [ratio["median"] for ratio in ratios]
+        lines.append(row(peer, [times(min(medians), max(medians)),
+                                times(min(ratio["min"] for ratio in ratios), max(ratio["max"] for ratio in ratios)),
+                                f"{max(medians) / min(medians):.2f}"]))
+    if not lines:
+        return []
+    return [f"*The same thing at three times* ({', '.join(f'`{name}`' for name in THRICE)}): answered p50, as a ratio to direct. "
+            "Two figures of a peer that are apart by less than the last column says may be the same.", "",
+            "| peer | medians | all rounds | most/least median |", "| --- | --- | --- | --- |", *lines, ""]
+
+
+def more_is_better(title):
+    return "/s" in title and "CPU" not in title
+
+
+def ahead_of(ours, other, measure, column):
+    """None, or a few words on how far the other is ahead."""
+    mine, its = (peer["figures"][column] for peer in (ours, other))
+    if mine["median"] is None or its["median"] is None or 0 in (mine["median"], its["median"]):
+        return None
+    title = measure["columns"][column]["title"]
+    ratio = mine["median"] / its["median"] if more_is_better(title) else its["median"] / mine["median"]
+    if ratio >= 0.995:
+        return None
+    apart = its["min"] > mine["max"] if more_is_better(title) else its["max"] < mine["min"]
+    said = f"`{measure['measure']}` {title}: {ours['peer']} {spread(mine, measure['columns'][column]['decimals'])}, " \
+           f"{other['peer']} {spread(its, measure['columns'][column]['decimals'])}"
+    return f"**{said}**" if apart else said
+
+
+def where_others_are_ahead(measures):
+    """Of ours, each beside those that do the same in the same way."""
+    rivals = {"bpf": ["nftables", "iptables"], "bpf-names": ["nftables", "iptables"],
+              "userspace": ["haproxy", "haproxy-splice", "nginx"]}
+    lines = []
+    for ours, others_of_it in rivals.items():
+        for other in others_of_it:
+            found = []
+            for name, measure in measures.items():
+                peers = of_peers(measures, name)
+                if ours not in peers or other not in peers:
+                    continue
+                for column, shown in enumerate(measure["columns"]):
+                    if ours == "userspace" and shown["title"].startswith("connect()"):
+                        continue  # ends at their own listeners
+                    found.append(ahead_of(peers[ours], peers[other], measure, column))
+            found = [one for one in found if one]
+            if found:
+                lines.append(f"- {other} of {ours}: " + "; ".join(found))
+    if not lines:
+        return []
+    return ["*Where others are ahead of ours*, by the median; in bold where all of their rounds are ahead of all of ours:", "",
+            *lines, ""]
 
 
 def tables(figures):
@@ -94,21 +177,91 @@ def tables(figures):
                     lines.append(row(f"`{one['measure']}` {one['columns'][column]['title']}", cells))
             lines.append("")
     lines += others(figures, measures)
-    lines += ["*Goals*, each by the median:", "", "| peer | measure | figure | compared with | goal | reached | |",
+    lines += thrice(measures) + where_others_are_ahead(measures)
+    lines += ["*Goals*: met or missed where all rounds agree on it; else within noise, with what the median says.", "",
+              "| peer | measure | figure | compared with | goal | reached (least-most) | |",
               "| --- | --- | --- | --- | --- | --- | --- |"]
     for goal in figures["goals"]:
         lines.append(f"| {goal['peer']} | `{goal['measure']}` | {goal['figure']} | {goal['to']} | {goal['goal']} | "
-                     f"{goal['reached']:,.3f} | {'met' if goal['met'] else '**missed**'} |")
+                     f"{spread(goal['reached'], 3)} | {in_words(goal)} |")
     return "\n".join(lines) + "\n"
 
 
-def of(source):
-    return pathlib.Path(source) / "docs/benchmarks.md"
+def in_words(goal):
+    if goal["verdict"] == "within noise":
+        return f"within noise, median {'met' if goal['met'] else 'missed'}"
+    return goal["verdict"] if goal["verdict"] == "met" else f"**{goal['verdict']}**"
 
 
-def write(figures, source):
-    path = of(source)
-    before, _, rest = path.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    images = [f"![{title}](charts/{file})\n" for file, title in charts.draw(figures, path.parent / "charts")]
-    path.write_text(before + BEGIN + "\n" + "\n".join([*images, tables(figures)]) + "\n" + END + after)
+def what_is_wrong_with_commit(commit):
+    if not commit:
+        return "of no commit that git knows"
+    return "the tree has changes that no commit has" if commit.endswith("-dirty") else ""
+
+
+def what_is_wrong_with_build(build):
+    """As the preset `release` builds, if perhaps with another compiler."""
+    if not build or build["type"] != "RelWithDebInfo" or "-O2" not in build["flags"].split():
+        return "not of a build of the preset release"
+    wrong = [option for option in build["options"] if option.split("=")[0] in (
+        "CLUSTERIP_SANITIZE", "CLUSTERIP_COVERAGE", "CLUSTERIP_QUICK_TESTS", "CLUSTERIP_FUZZ")
+             and option.split("=")[1] not in ("", "OFF")]
+    return f"of a build with {', '.join(wrong)}" if wrong else ""
+
+
+def what_is_wrong_with_one(figures, stage, whole):
+    """Of one run, which is to have measured all of `whole`: for each measure its peers."""
+    if figures["stage"] != stage:
+        return [f"{figures['stage']} instead of {stage}"]
+    wrong = [what_is_wrong_with_commit(figures.get("commit")), what_is_wrong_with_build(figures.get("build"))]
+    if figures.get("quick", True):
+        wrong.append("a quick run")
+    if figures.get("rounds", 0) < LEAST_ROUNDS:
+        wrong.append(f"{figures.get('rounds')} rounds, not {LEAST_ROUNDS}")
+    measured = {one["measure"]: {peer["peer"]: peer["rounds"] for peer in one["peers"]} for one in figures["measured"]}
+    for measure, peers in whole.items():
+        missing = [peer for peer in peers if len(measured.get(measure, {}).get(peer, [])) < LEAST_ROUNDS]
+        if missing:
+            wrong.append(f"{measure} lacks {', '.join(missing)}")
+    for measure, peers in measured.items():
+        wrong += [f"{measure}, {peer}: {trial['error'] or str(trial['failures']) + ' failures'}"
+                  for peer, rounds in peers.items() for trial in rounds if trial["error"] or trial["failures"]]
+    return [f"{stage}: {one}" for one in wrong if one]
+
+
+def what_is_wrong_with(veth, loopback):
+    """Why these are not the figures of whole runs of one program: empty when they are."""
+    whole = veth.get("whole")
+    if not whole:
+        return ["it is not known what all measures are"]
+    part = {measure: [peer for peer in whole.get(measure, []) if peer in LOOPBACK_PEERS] for measure in LOOPBACK_MEASURES}
+    wrong = what_is_wrong_with_one(veth, "veth", whole) + what_is_wrong_with_one(loopback, "loopback", part)
+    return wrong + [f"not the same {what}" for what in ("commit", "build", "machine", "versions")
+                    if veth.get(what) != loopback.get(what)]
+
+
+def rounded(what):
+    """As many digits as mean anything."""
+    if isinstance(what, dict):
+        return {key: rounded(value) for key, value in what.items()}
+    if isinstance(what, list):
+        return [rounded(value) for value in what]
+    return float(f"{what:.6g}") if isinstance(what, float) else what
+
+
+def as_text(figures):
+    """A line for each measure."""
+    return json.dumps(rounded(figures), separators=(",", ":")).replace('{"measure":', '\n{"measure":') + "\n"
+
+
+def with_figures(text, veth, loopback):
+    """The document, with these instead of what it had."""
+    images = [f"![{title}](charts/{file})\n" for file, title, _ in charts.draw(veth)]
+    for figures, parts in ((veth, [*images, tables(veth)]), (loopback, [tables(loopback)])):
+        begin, end = MARKS[figures["stage"]]
+        before, found, rest = text.partition(begin)
+        _, ends, after = rest.partition(end)
+        if not (found and ends):
+            raise ValueError(f"the document lacks {(end if found else begin).strip()}")
+        text = before + begin + "\n" + "\n".join(parts) + "\n" + end + after
+    return text
