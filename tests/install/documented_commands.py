@@ -230,12 +230,15 @@ BLOCKS = {
             Run("empty", status=(0, 1), holds=(r"packages: (all \d+ are there|installing .*linux-perf)",)),
         "sudo tests/bench/compare/run --quick":
             Elsewhere(BENCHMARK, "tests/bench/compare/compare_test.py", 'SHORT = ["--only", "connect", "--quick"'),
-        "sudo tests/bench/compare/run --document": Elsewhere(BENCHMARK, "tests/bench/compare/run", "document.write(figures"),
-        "sudo tests/bench/compare/run --stage loopback --peers direct,userspace,haproxy,haproxy-splice,nginx --only "
-        "rate,request1024,bulk1,bulk8,idle,listeners":
-            Elsewhere(BENCHMARK, "tests/bench/compare/main.cpp", "\"veth|loopback\""),
+        "sudo tests/bench/compare/run --document": Elsewhere(BENCHMARK, "tests/bench/compare/run", "draw_document(*done)"),
+        "sudo tests/bench/compare/run --from docs/charts/veth.json --from docs/charts/loopback.json --document":
+            Elsewhere("it writes the document", "tests/bench/compare/compare_test.py", 'tree / f"docs/charts/{stage}.json"'),
         "sudo CLUSTERIP_SOURCE=. CLUSTERIP_BUILD=build/release tests/bench/kubernetes.py":
             Elsewhere(BENCHMARK, "tests/bench/kubernetes.py", "tests/bench/kubernetes.py [SERVICES ENDPOINTS SECONDS]"),
+        "cmake --preset release && cmake --build --preset release --target bench_publish":
+            Run("empty", holds=("target bench_publish",)),
+        "sudo build/release/tests/bench/bench_publish":
+            Elsewhere(BENCHMARK, "tests/bench/CMakeLists.txt", "add_executable(bench_publish"),
         "cmake --preset release && cmake --build --preset release --target bench_cost":
             Run("empty", holds=("target bench_cost",)),
         "sudo build/release/tests/bench/bench_cost":

@@ -104,7 +104,7 @@ def whole(figures):
     by_peer = {peer["peer"]: {**peer, "rounds": peer["rounds"] * 5} for peer in measured["peers"]}
     by_peer["haproxy-splice"] = {**by_peer["haproxy"], "peer": "haproxy-splice"}
     figures |= {"commit": "0123abc", "quick": False, "rounds": 5,
-                "build": {"type": "RelWithDebInfo", "flags": "-O2 -g -DNDEBUG", "options": ["CLUSTERIP_SANITIZE="]}}
+                "build": {"type": "RelWithDebInfo", "flags": "-O2 -g -DNDEBUG", "options": ["CLUSTERIP_HARDEN=ON"]}}
 
     def on(stage, measures):
         return {**figures, "stage": stage, "measured": [
@@ -221,7 +221,7 @@ class Measured(unittest.TestCase):
         self.assertTrue(text.endswith("<!-- end of figures of loopback -->\nprose behind\n"), text)
         self.assertNotIn("\nold\n", text)
         self.assertEqual(text.count(f"Measured on: {veth['machine']}"), 2)
-        self.assertIn("of 0123abc, built as RelWithDebInfo (-O2 -g -DNDEBUG; CLUSTERIP_SANITIZE=); 5 rounds", text)
+        self.assertIn("of 0123abc, built as RelWithDebInfo (-O2 -g -DNDEBUG; CLUSTERIP_HARDEN=ON); 5 rounds", text)
         median = veth["measured"][0]["peers"][0]["figures"][0]["median"]
         self.assertRegex(text, rf"\| `connect` connect\(\) min, us \| {median:.2f} ")
         for chart in self.charts.iterdir():

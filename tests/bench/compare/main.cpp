@@ -232,7 +232,7 @@ int main(int argc, char** argv) {
   add("rounds", po::value(&choice.options.rounds)->value_name("N"), "rounds; 5, or 2 with --quick");
   add("turns", po::value(&choice.options.turns)->value_name("N"),
       "turns of milliseconds in a round; 20, or 8 with --quick. Loads have a quarter");
-  add("seconds", po::value(&seconds)->value_name("S"), "how long a load is measured in each turn; 0.3, or 0.1");
+  add("seconds", po::value(&seconds)->value_name("S"), "how long a load is measured in each turn; 0.25, or 0.1");
   add("threads", po::value(&choice.options.threads)->value_name("N")->default_value(2), "of each proxy");
   add("stage", po::value(&choice.options.stage)->value_name("veth|loopback")->default_value("veth"),
       "where the backends are: at the far end of a virtual cable, or behind the clients' own loopback");
@@ -256,7 +256,7 @@ int main(int argc, char** argv) {
     const bool quick = choice.options.quick;
     if (!given.contains("rounds")) choice.options.rounds = quick ? 2 : 5;
     if (!given.contains("turns")) choice.options.turns = quick ? 8 : 20;
-    if (!given.contains("seconds")) seconds = quick ? 0.1 : 0.3;
+    if (!given.contains("seconds")) seconds = quick ? 0.1 : 0.25;
     const auto is_number = [](std::size_t value) { return value >= 1 && value <= 1000; };  // -1 is read as a large one
     if (!is_number(choice.options.rounds) || !is_number(choice.options.turns) || !is_number(choice.options.threads) ||
         !(seconds > 0 && seconds <= 60))
