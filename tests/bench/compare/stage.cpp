@@ -189,7 +189,8 @@ Stage::~Stage() { end(); }
 
 void Stage::end() const {
   ::kill(pid_, SIGKILL);
-  ::waitpid(pid_, nullptr, 0);
+  while (::waitpid(pid_, nullptr, 0) == -1 && errno == EINTR) {  // by the same signal once more
+  }
   MemoryAccount::close(cgroup_);
   ::munmap(note_, sizeof(Note));
 }
