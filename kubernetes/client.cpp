@@ -12,7 +12,6 @@
 #include <array>
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/co_spawn.hpp>
-#include <boost/asio/connect.hpp>
 #include <boost/asio/detached.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/posix/stream_descriptor.hpp>
@@ -114,25 +113,37 @@ class Answer final : public http::basic_parser<false> {
 /// One connection, with a bound for how long whatever is being waited for may take.
 class Connection : public std::enable_shared_from_this<Connection> {
  public:
-  Connection(asio::io_context& io, ssl::context* tls) : socket_(io), deadline_(io) {
+  Connection(asio::io_context& io, ssl::context* tls) : socket_(io), deadline_(io), silence_(io) {
     if (tls != nullptr) stream_.emplace(socket_, *tls);
   }
 
-  void limit(Clock::duration time) {
-    deadline_.expires_after(time);
-    deadline_.async_wait([weak = weak_from_this()](const error_code& cancelled) {
-      const auto self = weak.lock();  // the connection may have ended at the same moment
-      if (cancelled || !self || self->deadline_.expiry() > Clock::now()) return;
-      self->is_late_ = true;
-      error_code ignored;
-      self->socket_.close(ignored);
-    });
+  void limit(Clock::duration time) { arm(deadline_, time); }
+  /// From now on, nor may nothing come for so long.
+  void limit_silence(Clock::duration time) {
+    max_silence_ = time;
+    arm(silence_, time);
   }
 
-  /// Empty: connected. Else what went wrong.
-  awaitable<std::string> open(const Access& access, const Resolver::Endpoints& addresses) {
-    const auto [refused, endpoint] = co_await asio::async_connect(socket_, addresses, use_tuple);
-    if (refused) co_return what(refused);
+  /// Empty: connected. Else what went wrong, with the last address.
+  awaitable<std::string> connect(std::span<const tcp::endpoint> addresses, const Pace& pace) {
+    const auto until = Clock::now() + pace.patience;
+    std::string problem;
+    for (const tcp::endpoint& address : addresses) {
+      const auto left = until - Clock::now();
+      if (left <= 0s) break;
+      error_code ignored;
+      socket_.close(ignored);
+      is_late_ = false;
+      limit(addresses.size() == 1 ? left : std::min<Clock::duration>(left, pace.connect_time));
+      const auto [refused] = co_await socket_.async_connect(address, use_tuple);
+      if (!refused && !is_late_) co_return std::string();
+      problem = what(refused);
+    }
+    co_return problem;
+  }
+
+  /// Of one that is connected, likewise.
+  awaitable<std::string> prepare(const Access& access) {
     error_code ignored;
     socket_.set_option(tcp::no_delay(true), ignored);
     // A watch may be silent for long: find out when the other side is gone.
@@ -196,6 +207,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
                                            : co_await socket_.async_read_some(room, use_tuple);
       bytes += length;
       end_ += length;
+      if (!error && max_silence_) arm(silence_, *max_silence_);
       if (!error) continue;
       if (error == asio::error::eof || error == ssl::error::stream_truncated) {
         error_code incomplete;
@@ -210,11 +222,24 @@ class Connection : public std::enable_shared_from_this<Connection> {
   [[nodiscard]] bool is_reusable() const { return is_reusable_; }
 
  private:
+  void arm(asio::steady_timer& timer, Clock::duration time) {
+    timer.expires_after(time);
+    timer.async_wait([weak = weak_from_this(), &timer](const error_code& cancelled) {
+      const auto self = weak.lock();  // the connection may have ended at the same moment
+      if (cancelled || !self || timer.expiry() > Clock::now()) return;
+      self->is_late_ = true;
+      error_code ignored;
+      self->socket_.close(ignored);
+    });
+  }
+
   std::string what(const error_code& error) const { return is_late_ ? "it does not answer in time" : error.message(); }
 
   tcp::socket socket_;
   std::optional<ssl::stream<tcp::socket&>> stream_;
   asio::steady_timer deadline_;
+  asio::steady_timer silence_;
+  std::optional<Clock::duration> max_silence_;
   bool is_late_ = false;
   bool is_reusable_ = false;
   std::vector<char> buffer_ = std::vector<char>(65536);
@@ -339,11 +364,13 @@ class Watcher final : public Client {
     std::string version;      // to watch from; empty: list first
     std::uint64_t seen = 0;   // the highest version of the server's data
     std::uint64_t issue = 0;  // whose credentials it has sent
+    std::size_t failures = 0;
     std::string problem;
     Clock::time_point lost = Clock::now();
     // This watch
     bool is_watching = false;
     bool has_brought_news = false;
+    bool has_bookmarks = false;
     bool is_doubted = false;
     Clock::time_point watch_began;
     asio::steady_timer proof;  // that it is one
@@ -383,7 +410,10 @@ class Watcher final : public Client {
       if (has_brought_news || (is_proven && end.is_good())) follower.refusals = 0;
       if (end.is_doubted) follower.version.clear();
       if (end.is_doubted || (end.is_good() && is_proven)) continue;
-      if (!end.problem.empty()) ++counts_.failures;
+      if (!end.problem.empty()) {
+        ++counts_.failures;
+        ++follower.failures;
+      }
       if (has_watched && !is_proven && (end.is_good() || end.is_cut))
         end = {.problem = "a watch ends as soon as it has begun"};
       if (end.is_expired) {
@@ -413,6 +443,7 @@ class Watcher final : public Client {
 
   void begin_watch(Follower& follower) {
     follower.is_watching = true;
+    follower.has_bookmarks = false;
     follower.has_brought_news = false;
     follower.watch_began = Clock::now();
     if (follower.problem.empty()) return;
@@ -495,12 +526,17 @@ class Watcher final : public Client {
 
   awaitable<std::string> connect(Follower& follower) {
     follower.connection.reset();
-    const auto addresses = co_await resolver_.resolve(pace_.patience);
+    auto addresses = co_await resolver_.resolve(pace_.patience);
     if (!addresses) co_return addresses.error().message;
     handlers_.resolved(*addresses);
     follower.connection = std::make_shared<Connection>(io_, tls_ ? &*tls_ : nullptr);
+    // One that is silent, or takes connections and does not answer, must not be the only one that is ever tried.
+    const auto first = addresses->begin() + static_cast<std::ptrdiff_t>(follower.failures % addresses->size());
+    std::ranges::rotate(*addresses, first);
+    if (std::string problem = co_await follower.connection->connect(*addresses, pace_); !problem.empty())
+      co_return problem;
     follower.connection->limit(pace_.patience);
-    co_return co_await follower.connection->open(access_, *addresses);
+    co_return co_await follower.connection->prepare(access_);
   }
 
   /// Sends a request, and feeds `splitter` with its answer until something is `found` in it, which is how it ends then;
@@ -697,9 +733,10 @@ class Watcher final : public Client {
       found = {.problem = fmt::format("more than {} objects", pace_.max_objects), .is_refused = true};
       return;
     }
-    if (is_bookmark)
+    if (is_bookmark) {
       store_.bookmark(follower.kind, version);
-    else if (type == "DELETED" || is_asked_for(follower, *object))
+      if (!std::exchange(follower.has_bookmarks, true)) follower.connection->limit_silence(pace_.max_silence);
+    } else if (type == "DELETED" || is_asked_for(follower, *object))
       store_.apply(follower.kind,
                    type == "ADDED"      ? Event::added
                    : type == "MODIFIED" ? Event::modified

@@ -23,12 +23,14 @@ namespace kubernetes {
 struct Pace {
   std::chrono::milliseconds first_pause{500};  // behind a failure; then twice as long each time, with chance
   std::chrono::milliseconds max_pause{30000};
-  std::chrono::seconds watch_time{300};   // that a watch lasts at least; up to twice
-  std::chrono::seconds patience{30};      // with what should come at once
-  std::chrono::milliseconds proof{5000};  // a watch that lasts as long, or brings something, is one
-  std::chrono::seconds exec_time{60};     // for a command that prints credentials
-  std::size_t page = 500;                 // objects
-  std::size_t max_objects = 200000;       // of a kind, in a list
+  std::chrono::milliseconds max_silence{150000};  // of a watch that has brought bookmarks: one comes every minute
+  std::chrono::seconds watch_time{300};           // that a watch lasts at least; up to twice
+  std::chrono::seconds patience{30};              // with what should come at once
+  std::chrono::milliseconds connect_time{4000};   // for one of several addresses, before the next is tried
+  std::chrono::milliseconds proof{5000};          // a watch that lasts as long, or brings something, is one
+  std::chrono::seconds exec_time{60};             // for a command that prints credentials
+  std::size_t page = 500;                         // objects
+  std::size_t max_objects = 200000;               // of a kind, in a list
 };
 
 struct Counts {

@@ -67,6 +67,7 @@ class Faults:
     def __init__(self):
         self.every_namespace = False  # whichever was asked for
         self.every_label = False
+        self.bookmarks = True  # for who asks for them
         self.refuse = lambda version: None  # asked at the begin of a watch from a version: bytes of its answer instead
         self.hold = True  # what was answered so does not end by itself
         self.unlisted = None  # a function: metadata of a list, and its items, to what is sent instead
@@ -74,6 +75,7 @@ class Faults:
         self.expire = lambda: False  # asked before each batch of events: does the watch end with 410?
         self.shuffle = False  # events come twice, and in another order
         self.again = 0  # how likely an old event comes once more behind new ones
+        self.muted = 0  # watches among the first so many requests say nothing more, and do not end
         self.silent = False  # connections are taken, and nothing is answered
         self.slow = 0  # seconds between bytes of events
         self.forbidden = set()  # (verb, plural), or (verb, plural, namespace)
@@ -398,7 +400,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         faults = api.faults
         version = int(query.get("resourceVersion") or 0)
         until = time.monotonic() + int(query.get("timeoutSeconds") or 1800)
-        has_bookmarks = query.get("allowWatchBookmarks") in ("1", "true")
+        has_bookmarks = faults.bookmarks and query.get("allowWatchBookmarks") in ("1", "true")
         if refusal := faults.refuse(version):
             self.write(refusal)
             with api.lock:
@@ -410,6 +412,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         expired = {"type": "ERROR", "object": status(410, "Expired", f"too old resource version: {version}")}
         initial = version == 0
         late = []
+        with api.lock:
+            number = len(api.requests)
         held = {}  # what this watcher has been told of, for selectors
         while True:
             with api.lock:
@@ -435,6 +439,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                         log = api.log[plural]
                         events = log[position:] if held.get("log") is log else []
                     position += len(events)
+                while number <= faults.muted and not api.is_ending:
+                    api.lock.wait(0.1)
                 now = api.version
             initial = False
             if faults.expire():

@@ -65,6 +65,10 @@ int main(int count, char** words) {
       {"first_pause",
        [&](const std::string& value) { pace.first_pause = std::chrono::milliseconds(std::stol(value)); }},
       {"max_pause", [&](const std::string& value) { pace.max_pause = std::chrono::milliseconds(std::stol(value)); }},
+      {"connect_time",
+       [&](const std::string& value) { pace.connect_time = std::chrono::milliseconds(std::stol(value)); }},
+      {"max_silence",
+       [&](const std::string& value) { pace.max_silence = std::chrono::milliseconds(std::stol(value)); }},
       {"patience", [&](const std::string& value) { pace.patience = std::chrono::seconds(std::stol(value)); }},
       {"watch_time", [&](const std::string& value) { pace.watch_time = std::chrono::seconds(std::stol(value)); }},
   };

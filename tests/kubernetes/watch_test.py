@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import tempfile
@@ -507,6 +508,65 @@ class BadDays(Stage):
         self.assertFalse(watch.status()["is_complete"])
         server.faults.silent = False
         watch.wait("a list", lambda: watch.batches)
+
+    def test_a_stream_that_has_gone_silent_is_left(self):
+        server = self.serve()
+        server.put("services", service("web", 1))
+        watch = self.watch(server=server.url, max_silence=2000)
+        watch.wait("a list", lambda: watch.batches)
+        watch.wait("bookmarks of both", lambda: watch.status()["events"] >= 10)
+        with server.lock:
+            server.faults.muted = len(server.requests)
+            server.put("endpointslices", slice_of("web", [7]))
+        watch.wait("the change", lambda: watch.backends("default/web") == [address(7)])
+        self.assertEqual(server.count("list", "endpointslices"), 1)
+
+    def test_a_stream_without_bookmarks_may_be_silent(self):
+        server = self.serve()
+        server.faults.bookmarks = False
+        watch = self.watch(server=server.url, max_silence=100, watch_time=1)
+        watch.wait("the next watch", lambda: server.count("watch", "services") >= 2)
+        self.assertGreater(server.pauses("watch", "services")[0], 0.9)
+
+    def host_with(self, *addresses):
+        """What runs a command for which localhost has these addresses."""
+        (self.directory / "hosts").write_text("".join(f"{one} localhost\n" for one in addresses))
+        return ["unshare", "--mount", "sh", "-c", f'set -e; mount --bind {self.directory}/hosts /etc/hosts; exec "$@"', "sh"]
+
+    @unittest.skipUnless(os.geteuid() == 0 or os.environ.get("CLUSTERIP_REQUIRE_PRIVILEGE") == "1", "needs root")
+    def test_an_address_that_is_silent_does_not_hide_the_others(self):
+        server = self.serve(host="127.0.0.3")
+        server.put("services", service("web", 1))
+        silent = socket.socket()
+        self.addCleanup(silent.close)
+        silent.bind(("127.0.0.2", server.port))
+        silent.listen(0)
+        for _ in range(100):  # until there is no room for one more
+            other = socket.socket()
+            self.addCleanup(other.close)
+            other.settimeout(0.5)
+            try:
+                other.connect(silent.getsockname())
+            except TimeoutError:
+                break
+        else:
+            self.fail("all connects were answered")
+        watch = self.watch(server=f"http://localhost:{server.port}", connect_time=200, patience=3600,
+                           wrap=self.host_with("127.0.0.2", "127.0.0.3"))
+        watch.wait("a list", lambda: watch.batches)
+        self.assertEqual(watch.resolved[0], [f"127.0.0.{end}:{server.port}" for end in (2, 3)])
+
+    @unittest.skipUnless(os.geteuid() == 0 or os.environ.get("CLUSTERIP_REQUIRE_PRIVILEGE") == "1", "needs root")
+    def test_an_address_that_connects_and_says_nothing_is_not_the_only_one_that_is_tried(self):
+        server = self.serve(host="127.0.0.3")
+        server.put("services", service("web", 1))
+        silent = self.serve(host="127.0.0.2", port=server.port)
+        silent.faults.silent = True
+        watch = self.watch(server=f"http://localhost:{server.port}", patience=1,
+                           wrap=self.host_with("127.0.0.2", "127.0.0.3"))
+        watch.wait("a list", lambda: watch.batches)
+        self.assertEqual(silent.requests, [])
+        self.assertGreater(silent.accepted, 0)
 
     def test_a_server_that_is_gone_leaves_the_last_state_and_no_line_twice(self):
         server = self.serve()
