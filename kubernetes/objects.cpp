@@ -201,7 +201,7 @@ void read_load_balancer(Reader& reader, const json::object& object, std::vector<
       status, "ingress", "status.loadBalancer.ingress", [&](const json::object& ingress, const std::string& path) {
         const json::value* ip = find(ingress, "ip");  // else it has a name, which nobody connects to by its address
         if (ip == nullptr || text_in(ingress, "ipMode") == "Proxy") return;
-        add_address(reader.address(ip, config::vip_fault, path + ".ip"), seen, out);
+        add_address(reader.address(ip, assigned_fault, path + ".ip"), seen, out);
       });
   const json::value* ranges = find(object_in(object, "spec"), "loadBalancerSourceRanges");
   if (!out.empty() && ranges != nullptr && ranges->is_array() && !ranges->get_array().empty()) {

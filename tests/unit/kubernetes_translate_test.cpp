@@ -276,6 +276,11 @@ TEST(KubernetesService, LoadBalancersByChoiceUnlessTheyProxyOrAreRestricted) {
   EXPECT_THAT(vips("{'hostname': 'lb.example.org'}"), ElementsAre("", "10.96.0.1"));
   EXPECT_THAT(vips("{'ip': '192.0.2.9'}", ", 'loadBalancerSourceRanges': ['192.0.2.0/24']"),
               ElementsAre(HasSubstr("spec.loadBalancerSourceRanges"), "10.96.0.1"));
+  // Whoever writes the status of services would reach what is this machine's own, as with externalIPs.
+  for (const char* own : {"127.0.0.1", "127.9.9.9", "::1", "169.254.169.254", "fe80::1", "0.0.0.9", "224.0.0.1"})
+    EXPECT_THAT(vips(fmt::format("{{'ip': '{}'}}, {{'ip': '192.0.2.9'}}", own)),
+                ElementsAre(HasSubstr("status.loadBalancer.ingress[0].ip: expected "), "10.96.0.1", "192.0.2.9"))
+        << own;
 }
 
 TEST(KubernetesService, NamesThatAreTooLongAreSkippedByThemselves) {
