@@ -3,8 +3,11 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <array>
 #include <boost/json.hpp>
 #include <cerrno>
+#include <charconv>
 #include <cstdlib>
 #include <filesystem>
 #include <iomanip>
@@ -22,6 +25,21 @@ constexpr const char* account = "/var/run/secrets/kubernetes.io/serviceaccount";
 constexpr std::size_t max_token = 65536;
 
 std::unexpected<config::Error> invalid(std::string message) { return config::fail(-EINVAL, std::move(message)); }
+
+/// What is left of a time of RFC 3339 behind its seconds: "Z", ".25Z", "+02:00".
+std::optional<std::chrono::minutes> zone_offset(std::string_view text) {
+  if (text.starts_with('.')) text.remove_prefix(std::min(text.find_first_not_of("0123456789", 1), text.size()));
+  if (text == "Z" || text == "z") return std::chrono::minutes(0);
+  if (text.size() != 6 || (text[0] != '+' && text[0] != '-') || text[3] != ':') return {};
+  std::array<int, 2> parts{};
+  for (const std::size_t i : {0U, 1U}) {
+    const char* begin = text.data() + 1 + 3 * i;
+    const auto [end, error] = std::from_chars(begin, begin + 2, parts[i]);
+    if (error != std::errc{} || end != begin + 2 || parts[i] < 0) return {};
+  }
+  const std::chrono::minutes offset(60 * parts[0] + parts[1]);
+  return text[0] == '-' ? -offset : offset;
+}
 
 }  // namespace
 
@@ -138,8 +156,10 @@ config::Result<Credentials> parse_credentials(std::string_view text) {
     std::tm time{};
     std::istringstream in(expires);
     in.imbue(std::locale::classic());
-    if (in >> std::get_time(&time, "%Y-%m-%dT%H:%M:%S"))
-      result.expires = std::chrono::system_clock::from_time_t(::timegm(&time));
+    std::string rest;
+    if (in >> std::get_time(&time, "%Y-%m-%dT%H:%M:%S")) std::getline(in, rest);
+    if (const auto offset = zone_offset(rest))
+      result.expires = std::chrono::system_clock::from_time_t(::timegm(&time)) - *offset;
   }
   return result;
 }

@@ -20,6 +20,7 @@
 #include <csignal>
 #include <functional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -35,6 +36,7 @@ using boost::system::error_code;
 
 constexpr std::size_t max_output = std::size_t{1024} * 1024;
 constexpr auto min_validity = std::chrono::seconds(10);
+constexpr std::string_view exec_info = "KUBERNETES_EXEC_INFO";
 constexpr auto use_tuple = asio::as_tuple(asio::use_awaitable);
 
 /// What the command is told of who asks, by the protocol.
@@ -50,16 +52,24 @@ std::vector<char*> pointers(std::vector<std::string>& strings) {
   return result;
 }
 
+/// What it is told otherwise, or what is between this process and the service manager: a plugin that says READY=1, or
+/// watches the watchdog, would do so in its name.
+bool is_not_inherited(const std::string& name) {
+  return name == exec_info || name == "NOTIFY_SOCKET" || name.starts_with("WATCHDOG_");
+}
+
 /// The child's pid. Its output goes to `output`, its errors to ours.
 config::Result<pid_t> spawn(const Exec& exec, int output) {
   std::vector<std::string> words = exec.command;
   std::vector<std::string> environment;
   for (char** one = ::environ; *one != nullptr; ++one) {
     const std::string_view text(*one);
-    if (!exec.environment.contains(std::string(text.substr(0, text.find('='))))) environment.emplace_back(text);
+    const std::string name(text.substr(0, text.find('=')));
+    if (!exec.environment.contains(name) && !is_not_inherited(name)) environment.emplace_back(text);
   }
-  for (const auto& [name, value] : exec.environment) environment.push_back(fmt::format("{}={}", name, value));
-  environment.push_back(fmt::format("KUBERNETES_EXEC_INFO={}", info(exec)));
+  for (const auto& [name, value] : exec.environment)
+    if (name != exec_info) environment.push_back(fmt::format("{}={}", name, value));
+  environment.push_back(fmt::format("{}={}", exec_info, info(exec)));
   posix_spawn_file_actions_t actions;
   ::posix_spawn_file_actions_init(&actions);
   ::posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);

@@ -794,6 +794,21 @@ class Authorities(Stage):
         pid = int(watch.wait("a pid", lambda: self.file(file).exists() and self.file(file).read_text().strip()))
         watch.wait("its end", lambda: not is_alive(pid))
 
+    def test_a_command_inherits_nothing_that_is_not_meant_for_it(self):
+        server = self.serve(tls=self.tls("server"), tokens={"printed"})
+        config = self.plugin("cat /proc/$$/environ > environment; cat credentials", server)
+        told = json.loads(config.read_text())
+        told["users"][0]["user"]["exec"]["env"] = [{"name": "KUBERNETES_EXEC_INFO", "value": "{}"}, {"name": "MINE", "value": "1"}]
+        config.write_text(json.dumps(told))
+        watch = self.watch(kubeconfig=config, wrap=["env", "KUBERNETES_EXEC_INFO={}", "NOTIFY_SOCKET=/run/none", "WATCHDOG_PID=1",
+                                                    "WATCHDOG_USEC=1000", "THEIRS=1"])
+        watch.wait("a list", lambda: watch.batches)
+        given = [line.split("=", 1) for line in self.file("environment").read_text().split("\0") if line]
+        names = [name for name, _ in given]
+        self.assertEqual(names.count("KUBERNETES_EXEC_INFO"), 1)
+        self.assertEqual(json.loads(dict(given)["KUBERNETES_EXEC_INFO"])["kind"], "ExecCredential")
+        self.assertEqual(set(names) & {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "THEIRS", "MINE"}, {"THEIRS", "MINE"})
+
     def test_a_child_that_keeps_a_commands_output_open_ends_with_it(self):
         server = self.serve(tls=self.tls("server"), tokens={"printed"})
         watch = self.watch(kubeconfig=self.plugin("sleep 600 & echo $! > child; cat credentials", server))

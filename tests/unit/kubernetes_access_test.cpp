@@ -62,6 +62,19 @@ TEST(KubernetesAccess, ReadsExecCredentials) {
     EXPECT_FALSE(parse_credentials(text)) << text;
 }
 
+TEST(KubernetesAccess, ReadsTheZoneOfAnExpiration) {
+  const auto expires = [](const std::string& time) -> std::optional<std::time_t> {
+    const auto read = parse_credentials(R"({"status":{"token":"t","expirationTimestamp":")" + time + R"("}})");
+    if (!read->expires) return {};
+    return std::chrono::system_clock::to_time_t(*read->expires);
+  };
+  EXPECT_EQ(expires("2026-01-02T03:04:05.678901Z"), 1767323045);
+  EXPECT_EQ(expires("2026-01-02T05:04:05+02:00"), 1767323045);
+  EXPECT_EQ(expires("2026-01-01T21:34:05.5-05:30"), 1767323045);
+  for (const char* other : {"", "soon", "2026-01-02T03:04:05", "2026-01-02T03:04:05+02", "2026-01-02T03:04:05+0x:00"})
+    EXPECT_EQ(expires(other), std::nullopt) << other;
+}
+
 TEST(KubernetesAccess, CredentialsDoNotGoInClear) {
   config::Kubernetes choices;
   choices.server = "http://127.0.0.1:8001";
