@@ -18,7 +18,7 @@ namespace {
 
 // Of one object, beyond what any cluster has; without a bound, a few megabytes of text would become gigabytes.
 constexpr std::size_t max_services = 16384;
-constexpr std::size_t max_endpoints = std::size_t{1} << 20;
+constexpr std::size_t max_endpoints = 65536;  // of all its addresses and ports; each is kept
 
 /// An endpoint of one port of the service, with the port that the pod has.
 struct Candidate {
@@ -43,13 +43,18 @@ Places places_of(const Service& service, std::span<const Slice* const> slices) {
   return places;
 }
 
+/// A slice has addresses of one.
+bool is_of_family(const Slice& slice, bool is_v4) {
+  return !slice.endpoints.empty() && slice.endpoints.front().address.is_v4() == is_v4;
+}
+
 /// Sorted by address and port, each once: while a controller moves an endpoint it is in two slices. The better one
 /// counts.
 std::vector<Candidate> candidates(std::span<const std::pair<const Slice*, std::uint16_t>> places, bool is_v4) {
   std::vector<Candidate> found;
   for (const auto& [slice, port] : places) {
-    for (const Endpoint& endpoint : slice->endpoints)
-      if (endpoint.address.is_v4() == is_v4) found.push_back({.endpoint = &endpoint, .port = port});
+    if (!is_of_family(*slice, is_v4)) continue;
+    for (const Endpoint& endpoint : slice->endpoints) found.push_back({.endpoint = &endpoint, .port = port});
   }
   const auto order = [](const Candidate& one) {
     const Endpoint& e = *one.endpoint;
@@ -129,8 +134,10 @@ class Translator {
         continue;
       }
       const auto& places = places_.at({port.name, port.protocol});
-      for (const auto& [slice, number] : places) endpoints_ += slice->endpoints.size();
-      if (result_.services.size() == max_services || endpoints_ > max_endpoints) {
+      for (const auto& [slice, number] : places)
+        if (is_of_family(*slice, vip.is_v4())) endpoints_ += slice->endpoints.size();
+      const bool is_first = result_.services.empty();  // which has a bound of its own, and is served as far as that
+      if (result_.services.size() == max_services || (endpoints_ > max_endpoints && !is_first)) {
         is_full_ = true;
         result_.problems.push_back(fmt::format(
             "service {}: expected at most {} addresses times ports, and {} endpoints of them all: {} and the "

@@ -433,13 +433,56 @@ TEST(KubernetesService, AbsurdObjectsCostWhatTheyAreLarge) {
   }
   const std::vector<const Slice*> slices(20, &other);
   const Translation all = translate(one, slices);
-  EXPECT_THAT(all.problems,
-              ElementsAre("service default/web: expected at most 16384 addresses times ports, and 1048576 "
-                          "endpoints of them all: default/web:54/tcp and the rest of them are skipped"));
-  EXPECT_EQ(all.services.size(), 53U);
+  EXPECT_THAT(all.problems, ElementsAre("service default/web: expected at most 16384 addresses times ports, and 65536 "
+                                        "endpoints of them all: default/web:5/tcp and the rest of them are skipped"));
+  EXPECT_EQ(all.services.size(), 4U);
   const Translation without_endpoints = translate(one, {});
   EXPECT_EQ(without_endpoints.services.size(), 16384U);
   EXPECT_EQ(without_endpoints.problems.size(), 1U);
+}
+
+/// The bound is about what is kept of a service: endpoints of the other family are no part of an address.
+TEST(KubernetesService, LargeOnesAreServedForBothFamilies) {
+  Service one;
+  one.name = "default/web";
+  one.cluster_ips = {config::parse_address("10.96.0.1").value(), config::parse_address("fd00::1").value()};
+  one.ports.push_back({.name = "", .protocol = config::Protocol::tcp, .port = 80});
+  Slice v4;
+  Slice v6;
+  v4.ports = v6.ports = one.ports;
+  for (std::uint32_t i = 0; i < 20000; ++i) {
+    Endpoint endpoint;
+    endpoint.address = boost::asio::ip::address_v4(0x0a010000U + i);
+    v4.endpoints.push_back(endpoint);
+    endpoint.address = config::parse_address(fmt::format("fd00:1::{:x}", i + 1)).value();
+    v6.endpoints.push_back(endpoint);
+  }
+  const std::vector<const Slice*> both{&v4, &v6};
+  const Translation served = translate(one, both);
+  EXPECT_THAT(served.problems, IsEmpty());
+  ASSERT_EQ(served.services.size(), 2U);
+  EXPECT_EQ(served.services[0].backends.size(), 20000U);
+  EXPECT_EQ(served.services[1].backends.size(), 20000U);
+}
+
+TEST(KubernetesService, OfTheFirstPortAsMuchIsServedAsThereIsRoomFor) {
+  Service one;
+  one.name = "default/web";
+  one.cluster_ips = {config::parse_address("10.96.0.1").value()};
+  one.ports.push_back({.name = "", .protocol = config::Protocol::tcp, .port = 80});
+  Slice slice;
+  slice.ports = one.ports;
+  for (std::uint32_t i = 0; i < 70000; ++i) {
+    Endpoint endpoint;
+    endpoint.address = boost::asio::ip::address_v4(0x0a010000U + i);
+    slice.endpoints.push_back(endpoint);
+  }
+  const std::vector<const Slice*> slices{&slice};
+  const Translation served = translate(one, slices);
+  EXPECT_THAT(served.problems,
+              ElementsAre(HasSubstr("default/web:80/tcp: expected at most 65535 endpoints, got 70000")));
+  ASSERT_EQ(served.services.size(), 1U);
+  EXPECT_EQ(served.services[0].backends.size(), 65535U);
 }
 
 TEST(KubernetesSlice, AbsurdSizesAndForeignBytesAreSkippedWithAName) {
