@@ -3,6 +3,9 @@
 
 #include <fmt/format.h>
 
+#include <array>
+#include <bit>
+#include <boost/container_hash/hash.hpp>
 #include <utility>
 
 #include "kubernetes/translate.h"
@@ -17,6 +20,32 @@ constexpr std::size_t max_problems = 1000;  // that nobody has taken
 
 template <class Object>
 constexpr std::string_view kind_of = std::is_same_v<Object, Service> ? "a service" : "an endpointslice";
+
+void mix_in(std::size_t& sum, const config::Address& address) {
+  if (address.is_v4()) return boost::hash_combine(sum, address.to_v4().to_uint());
+  for (const std::uint64_t half : std::bit_cast<std::array<std::uint64_t, 2>>(address.to_v6().to_bytes()))
+    boost::hash_combine(sum, half);
+}
+
+/// Of all that translate() says of services. That two of one name have the same by chance is not to be expected in the
+/// lifetime of a cluster; who makes them so on purpose has an own service that is out of date.
+std::uint64_t fingerprint(const std::vector<config::Service>& services) {
+  std::size_t sum = services.size();
+  for (const config::Service& one : services) {
+    boost::hash_combine(sum, one.name);
+    mix_in(sum, one.vip);
+    boost::hash_combine(sum, one.port);
+    boost::hash_combine(sum, std::to_underlying(one.protocol));
+    boost::hash_combine(sum, one.affinity ? one.affinity->count() : -1);
+    boost::hash_combine(sum, one.backends.size());
+    for (const config::Backend& backend : one.backends) {
+      mix_in(sum, backend.address);
+      boost::hash_combine(sum, backend.port);
+      boost::hash_combine(sum, std::to_underlying(backend.state));
+    }
+  }
+  return sum;
+}
 
 }  // namespace
 
@@ -168,12 +197,14 @@ std::vector<Change> Store::take_changes() {
       told_problems_.insert_or_assign(name, std::move(translation.problems));
     }
     const auto told = told_.find(name);
-    if (told == told_.end() ? translation.services.empty() : told->second == translation.services) continue;
-    changes.push_back({.name = name, .services = translation.services});
-    if (translation.services.empty())
-      told_.erase(told);
+    const bool is_served = !translation.services.empty();
+    const std::uint64_t print = fingerprint(translation.services);
+    if (told == told_.end() ? !is_served : is_served && told->second == print) continue;
+    changes.push_back({.name = name, .services = std::move(translation.services)});
+    if (is_served)
+      told_.insert_or_assign(name, print);
     else
-      told_.insert_or_assign(name, std::move(translation.services));
+      told_.erase(told);
   }
   return changes;
 }

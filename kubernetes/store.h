@@ -102,7 +102,7 @@ class Store {
   Objects<Slice> slices_;
   std::unordered_map<std::string, std::set<std::string>> slices_of_;  // a service's slices, by name
   std::set<std::string> touched_;
-  std::unordered_map<std::string, std::vector<config::Service>> told_;
+  std::unordered_map<std::string, std::uint64_t> told_;  // fingerprints: whoever was told keeps the services
   std::unordered_map<std::string, std::vector<std::string>> told_problems_;  // of translations
   std::vector<std::string> problems_;
 };
