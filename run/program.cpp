@@ -162,7 +162,7 @@ class Program {
                   .message = fmt::format("{}: kubernetes: only `clusterip run` follows a cluster", settings_.file)});
     ClusterServices kept = cluster_services(engines_.pinned());
     if (!kept.empty())
-      spdlog::info("kubernetes: {} that an earlier process left serve until all were listed",
+      spdlog::info("kubernetes: {} that an earlier process left serve until their namespace is listed",
                    cli::count(kept.size(), "service"));
     cluster_ = settings_.follow_cluster(
         control_, *in_force_.kubernetes, std::move(kept),
