@@ -32,7 +32,8 @@ class Cluster {
   [[nodiscard]] virtual ClusterStatus status() const = 0;
 };
 
-/// `kept`: what served before this process, until its namespace was listed. The cluster has to live until `io` runs no more.
+/// `kept`: what served before this process, until its namespace was listed. The cluster has to live until `io` runs no
+/// more.
 using FollowCluster = std::unique_ptr<Cluster> (*)(boost::asio::io_context& io, const config::Kubernetes& choices,
                                                    ClusterServices kept, Cluster::Handlers handlers);
 
