@@ -15,7 +15,7 @@ namespace kubernetes {
 namespace {
 
 // A rollout changes an EndpointSlice several times within moments; what came meanwhile is handed on together.
-constexpr auto coalescing_time = std::chrono::milliseconds(4);
+constexpr auto coalescing_time = std::chrono::milliseconds(1);
 
 /// What a DaemonSet says (NODE_NAME), else the host's name, by which kubelets register.
 std::string this_node() {
