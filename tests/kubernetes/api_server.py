@@ -95,6 +95,7 @@ class ApiServer:
         self.bookmark_every = bookmark_every
         self.made = []  # objects of MADE
         self.requests = []  # (verb, plural, target); the verb "check" is a list of one
+        self.begun = dict.fromkeys(KINDS, 0)  # watches to which all comes that is sent from now on
         self.times = []  # of them
         self.connections = set()
         self.accepted = 0
@@ -431,6 +432,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                         position = 0 if api.is_restored and held else next(
                             (i for i, event in enumerate(log) if event.version > version), len(log))
                         held["log"] = log
+                        api.begun[plural] += 1
                     events = log[position:]
                     if not events and not late:
                         left = min(until - time.monotonic(), api.bookmark_every)

@@ -625,7 +625,7 @@ class BadObjects(Stage):
         server = self.serve()
         server.put("services", service("web", 1))
         watch = self.watch(server=server.url)
-        watch.wait("a list", lambda: watch.batches)
+        watch.wait("a watch", lambda: server.begun["services"])
         server.send("services", b"<html>a proxy speaks</html>\n")
         watch.wait("the next watch", lambda: server.count("watch", "services") >= 2)
         server.put("services", service("web", 2))
