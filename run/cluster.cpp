@@ -50,14 +50,14 @@ class KubernetesCluster : public Cluster {
   }
 
   void open();
-  bool leave_out_the_server(std::vector<config::Service>& services);
-  void leave_to_others(const Endpoints& server);
-  void forget_kept(const std::string& space);
   [[nodiscard]] const ClusterServices& services() const override { return services_; }
   void merge_soon() override;
   [[nodiscard]] ClusterStatus status() const override;
 
  private:
+  bool leave_out_the_server(std::vector<config::Service>& services);
+  void leave_to_others(const Endpoints& server);
+  void forget_kept(const std::string& space);
   void change(std::vector<kubernetes::Change> changes);
 
   boost::asio::io_context& io_;
