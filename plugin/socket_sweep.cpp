@@ -63,7 +63,9 @@ Namespaces all_namespaces() {
       const bool is_hidden = errno == EACCES && !has_privilege(CAP_SYS_PTRACE);  // else it has just ended
       found.is_all = found.is_all && !is_hidden;
     } else if (status.st_ino != found.own && !found.others.contains(status.st_ino)) {
-      if (Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC)); fd) {
+      if (!has_privilege(CAP_SYS_ADMIN)) {  // without which it can be seen, but not entered
+        found.is_all = false;
+      } else if (Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC)); fd) {
         found.others.emplace(status.st_ino, std::move(fd));
       }
     }

@@ -4,6 +4,7 @@
 // where there is another way, the fast path takes it.
 #include <linux/capability.h>
 #include <linux/membarrier.h>
+#include <sched.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -94,6 +95,14 @@ TEST_F(Refusal, WithPerfmonAloneSocketsOfTheOwnNamespaceAreEnded) {
   if (!can(CLUSTERIP_CAN_DESTROY)) SKIP_OR_FAIL("this kernel cannot end sockets");
 
   const NamedUdpServer one("one"), two("two");
+  // A process whose namespace can be seen by whoever has no less capabilities, but not entered.
+  Child neighbour([](const Channel& channel) {
+    checked(::unshare(CLONE_NEWNET), "unshare");
+    drop_capabilities();
+    channel.tell('r');
+    channel.hear();  // stays
+  });
+  neighbour.channel().hear();
   EXPECT_EQ(in_child([&] {
               drop_capabilities_except({CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON});
               Handle handle = serve(toml({{"udp", "10.96.0.2", 53, {backend(one)}, "refuse", "protocol = \"udp\""}}));

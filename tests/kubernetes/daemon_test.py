@@ -220,10 +220,10 @@ class Scenario(Stage):
         names = lambda: [one["name"] for one in self.status()["services"]]
         self.api.put("services", service("a", 0))
         self.api.put("endpointslices", slice_of("a", [ONE, TWO]))
-        self.start()
-        self.come_from("10.96.0.1", "backend1", "backend2")
         self.api.put("services", service("c", 1))
         self.api.put("endpointslices", slice_of("c", [ONE, TWO]))
+        self.start()
+        self.come_from("10.96.0.1", "backend1", "backend2")
         wait_for("it is left out", lambda: self.status()["kubernetes"]["left_out"] == 1)
         self.assertNotIn("default/c:80/tcp", names())
         self.api.put("endpointslices", slice_of("a", [ONE]))
