@@ -234,6 +234,16 @@ class Measured(unittest.TestCase):
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertEqual({file: file.read_text() for file in (tree / "docs").rglob("*") if file.is_file()}, files)
 
+    def test_the_document_here_is_what_its_figures_draw(self):
+        tree = tree_in(self.directory)
+        shutil.rmtree(tree / "docs")
+        shutil.copytree(SOURCE / "docs", tree / "docs")
+        options = [word for stage in ("veth", "loopback") for word in ("--from", SOURCE / f"docs/charts/{stage}.json")]
+        done = run(sys.executable, "-B", tree / HERE / "run", *options, "--document")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        for file in [tree / "docs/benchmarks.md", *(tree / "docs/charts").iterdir()]:
+            self.assertEqual(file.read_text(), (SOURCE / file.relative_to(tree)).read_text(), file.name)
+
     def test_the_document_shows_what_others_did_meanwhile(self):
         veth, loopback = whole(self.figures)
         for peer in veth["measured"][0]["peers"]:
