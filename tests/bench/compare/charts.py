@@ -112,7 +112,7 @@ def bars(measure, column, takes_part, better):
     """(title, SVG): one bar for each peer, the median, and a line from the least to the most of the rounds."""
     rows = [(peer["peer"], peer["figures"][column], (peer["ratios"] or [{}] * 9)[column])
             for peer in measure["peers"] if takes_part(peer["peer"]) and peer["figures"][column]["median"] is not None]
-    most = max(figure["max"] for _, figure, _ in rows)
+    most = max(figure["max"] for _, figure, _ in rows) or 1
     by_decades = "ten times" in better
     decades = max(math.ceil(math.log10(most)), 1) if by_decades else 0
     title = f"{measure['title']}: {measure['columns'][column]['title']}"
@@ -174,7 +174,7 @@ def curves(measures, column, takes_part, what):
         return x, top + height * (1 - math.log(ratio / low) / math.log(high / low))
 
     parts = [text(8, 20, title, "title"),
-             text(8, 38, "less is better; the line at 1 is direct, of which the others are multiples", "small")]
+             text(8, 38, "less is better; the line at 1 is direct, of which the others are multiples; logarithmic", "small")]
     for value in [1, 1.1, 1.2, 1.3, 1.5] if high < 1.6 else [1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128]:
         if value > high:
             break
@@ -189,12 +189,13 @@ def curves(measures, column, takes_part, what):
         parts.append(path("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places),
                           f"{peer} curve{' ours' if peer in OURS else ''}"))
         parts += [mark(peer, place) for place in places]
-        ends.append((places[-1], peer, seen[max(seen)]))
+        until = max(seen)
+        ends.append((places[-1], peer, f"{seen[until]:.2f}{'' if until == counts[-1] else f' (at {until:,})'}"))
     ends.sort(key=lambda end: end[0][1])
     labels = apart([y for (_, y), _, _ in ends], 16, top, top + height)
     for ((x, y), peer, ratio), label in zip(ends, labels, strict=True):
         parts += [path(f"M{x + 8:.1f} {y:.1f}L{right + 8:.1f} {y:.1f}L{right + 22:.1f} {label:.1f}", f"{peer} leader"),
-                  mark(peer, (right + 30, label)), text(right + 40, label + 4, f"{peer} {ratio:.2f}", "small")]
+                  mark(peer, (right + 30, label)), text(right + 40, label + 4, f"{peer} {ratio}", "small")]
     return title, svg(top + height + 26, title, parts)
 
 

@@ -104,7 +104,7 @@ def whole(figures):
     by_peer = {peer["peer"]: {**peer, "rounds": peer["rounds"] * 5} for peer in measured["peers"]}
     by_peer["haproxy-splice"] = {**by_peer["haproxy"], "peer": "haproxy-splice"}
     figures |= {"commit": "0123abc", "quick": False, "rounds": 5,
-                "build": {"type": "RelWithDebInfo", "flags": "-O2 -g -DNDEBUG", "options": ["CLUSTERIP_HARDEN=ON"]}}
+                "build": {"compiler": "GNU 12", "type": "RelWithDebInfo", "flags": "-O2 -g -DNDEBUG", "options": ["CLUSTERIP_HARDEN=ON"]}}
 
     def on(stage, measures):
         return {**figures, "stage": stage, "measured": [
@@ -220,8 +220,8 @@ class Measured(unittest.TestCase):
         self.assertIn("<!-- end of figures -->\nprose between\n<!-- figures of loopback", text)
         self.assertTrue(text.endswith("<!-- end of figures of loopback -->\nprose behind\n"), text)
         self.assertNotIn("\nold\n", text)
-        self.assertEqual(text.count(f"Measured on: {veth['machine']}"), 2)
-        self.assertIn("of 0123abc, built as RelWithDebInfo (-O2 -g -DNDEBUG; CLUSTERIP_HARDEN=ON); 5 rounds", text)
+        self.assertEqual(text.count(f"Measured on {veth['date']}: {veth['machine']}"), 2)
+        self.assertIn("of 0123abc, built by GNU 12 as RelWithDebInfo (-O2 -g -DNDEBUG; CLUSTERIP_HARDEN=ON); 5 rounds", text)
         median = veth["measured"][0]["peers"][0]["figures"][0]["median"]
         self.assertRegex(text, rf"\| `connect` connect\(\) min, us \| {median:.2f} ")
         for chart in self.charts.iterdir():
@@ -266,8 +266,8 @@ class Measured(unittest.TestCase):
         _, text = self.draw(tree_in(self.directory), veth, loopback)
         self.assertIn("**`rate` connections/s: userspace 200.00 (190.00-210.00), nginx 300.00 (290.00-310.00)**", text)
         self.assertNotIn("haproxy 100.00 (90.00-110.00)", text.partition("*Where others")[2])
-        self.assertIn("| nginx | 4.00 x to 5.00 x | 3.00 x to 6.00 x | 1.25 |", text)
-        self.assertIn("| 1.040 (1.010-1.050) | within noise, median missed |", text)
+        self.assertIn("| nginx | answered | 4.00 x to 5.00 x | 3.00 x to 6.00 x | 1.25 |", text)
+        self.assertIn("| 1.040 (1.010-1.050) | within noise, median **missed** |", text)
 
     def test_the_document_takes_whole_runs_only(self):
         tree = tree_in(self.directory)
@@ -426,7 +426,7 @@ class Compare(unittest.TestCase):
 while [ "$1" != --json ]; do [ "$1" = loopback ] && stage=loopback; shift; done
 echo '{"stage": "'${stage:-veth}'", "machine": "this", "whole": {"connect": ["bpf"]}, "measured": [], "goals": []}' >$2
 """)
-            for name, text in (("cmake", ""), ("git", "echo 0123abc")):
+            for name, text in (("cmake", ""), ("git", "[ $1 != rev-parse ] || echo 0123abc")):
                 (tree / name).write_text(f"#!/bin/sh\n{text}\n")
             for path in (program, tree / "cmake", tree / "git"):
                 path.chmod(0o755)
@@ -465,7 +465,11 @@ echo '{"stage": "'${stage:-veth}'", "machine": "this", "whole": {"connect": ["bp
     def test_what_is_no_earlier_run_is_told(self):
         with tempfile.TemporaryDirectory() as directory:
             file, charts = pathlib.Path(directory, "file"), pathlib.Path(directory, "charts")
-            for text in ("", "[]", "3", "{}", '{"measured": []}'):
+            given = {"machine": "", "versions": {}, "goals": [], "stage": "veth"}
+            peers = [{"peer": 'x" onload="alert(1)', "figures": [], "ratios": None, "rounds": []}]
+            some = {"measure": "connect", "title": "", "columns": []}
+            for text in ("", "[]", "3", "{}", '{"measured": []}', *(json.dumps({**given, "measured": [one]}) for one in (
+                    {}, {**some, "peers": peers}, {**some, "peers": [{**peers[0], "peer": "bpf"}]}))):
                 file.write_text(text)
                 done = run(*RUN, "--from", file, "--charts", charts)
                 self.assertEqual(done.returncode, 2, text)
@@ -477,6 +481,9 @@ echo '{"stage": "'${stage:-veth}'", "machine": "this", "whole": {"connect": ["bp
                 self.assertEqual(done.returncode, 2, options)
                 self.assertTrue(done.stderr.startswith("run: "), done.stderr)
             self.assertFalse(charts.exists())
+            os.mkfifo(f"{file}.fifo")
+            done = run(*RUN, "--from", f"{file}.fifo", "--charts", charts, timeout=60)
+            self.assertEqual((done.returncode, done.stderr.startswith("run: ")), (2, True), done.stderr)
 
     def test_a_host_that_cannot_be_is_told(self):
         done = run(BENCHMARK, "serve-as-host", "/nothing.toml", "/nowhere")

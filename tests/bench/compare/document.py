@@ -17,7 +17,7 @@ LOOPBACK_MEASURES, LOOPBACK_PEERS = ["rate", "request1024", "bulk1", "bulk8"], [
 LOOPBACK_OPTIONS = ["--stage", "loopback", "--only", ",".join(LOOPBACK_MEASURES), "--peers", ",".join(LOOPBACK_PEERS)]
 # The same thing, measured at three times.
 THRICE = ["connect", "services-1", "backends-1"]
-ANSWERED = 3  # the column
+CONNECT, ANSWERED = 1, 3  # the columns
 
 # Title, whether ratios to direct are shown as well, and rows: measure, column.
 TABLES = [
@@ -71,8 +71,8 @@ def others(figures, measures):
 def conditions(figures):
     """What it was measured on, and how."""
     build = figures["build"]
-    return (f"Measured on: {figures['machine']}; {', '.join(figures['versions'].values())}; of {figures['commit']}, built as "
-            f"{build['type']} ({build['flags']}; {', '.join(build['options'])}); {figures['rounds']} rounds of {figures['turns']} "
+    return (f"Measured on {figures['date']}: {figures['machine']}; {', '.join(figures['versions'].values())}; of {figures['commit']}, "
+            f"built by {build['compiler']} as {build['type']} ({build['flags']}; {', '.join(build['options'])}); {figures['rounds']} rounds of {figures['turns']} "
             f"turns, loads of {figures['seconds']} s; {figures['threads']} threads for each proxy; {figures['stage']}, "
             f"{figures['congestion_control']}.")
 
@@ -93,19 +93,26 @@ def thrice(measures):
     """How well what was measured three times agrees."""
     seen = [of_peers(measures, name) for name in THRICE]
     lines = []
-    for peer in PEERS[1:]:
-        if not all(peer in one and one[peer]["ratios"] for one in seen):
-            continue
-        ratios = [one[peer]["ratios"][ANSWERED] for one in seen]
-        medians = [ratio["median"] for ratio in ratios]
-        lines.append(row(peer, [times(min(medians), max(medians)),
-                                times(min(ratio["min"] for ratio in ratios), max(ratio["max"] for ratio in ratios)),
-                                f"{max(medians) / min(medians):.2f}"]))
+    for column, what, peers in ((CONNECT, "connect()", [one for one in PEERS[1:] if one not in PROXIES]),
+                                (ANSWERED, "answered", PEERS[1:])):
+        for peer in peers:
+            if not all(peer in one and one[peer]["ratios"] for one in seen):
+                continue
+            ratios = [one[peer]["ratios"][column] for one in seen]
+            medians = [ratio["median"] for ratio in ratios]
+            lines.append(row(peer, [what, times(min(medians), max(medians)),
+                                    times(min(ratio["min"] for ratio in ratios), max(ratio["max"] for ratio in ratios)),
+                                    f"{max(medians) / min(medians):.2f}"]))
     if not lines:
         return []
-    return [f"*The same thing at three times* ({', '.join(f'`{name}`' for name in THRICE)}): answered p50, as a ratio to direct. "
+    return [f"*The same thing at three times* ({', '.join(f'`{name}`' for name in THRICE)}): p50, as a ratio to direct. "
             "Two figures of a peer that are apart by less than the last column says may be the same.", "",
-            "| peer | medians | all rounds | most/least median |", "| --- | --- | --- | --- |", *lines, ""]
+            "| peer | p50 of | medians | all rounds | most/least median |", "| --- | --- | --- | --- | --- |", *lines, ""]
+
+
+def says_little(peer, title):
+    """A proxy's connect() ends at its own listener."""
+    return peer in PROXIES and title.startswith("connect()")
 
 
 def more_is_better(title):
@@ -140,8 +147,8 @@ def where_others_are_ahead(measures):
                 if ours not in peers or other not in peers:
                     continue
                 for column, shown in enumerate(measure["columns"]):
-                    if ours == "userspace" and shown["title"].startswith("connect()"):
-                        continue  # ends at their own listeners
+                    if says_little(ours, shown["title"]):
+                        continue
                     found.append(ahead_of(peers[ours], peers[other], measure, column))
             found = [one for one in found if one]
             if found:
@@ -170,7 +177,7 @@ def tables(figures):
             for one, column in rows:
                 cells = []
                 for peer in shown:
-                    found = seen.get((one["measure"], peer))
+                    found = None if says_little(peer, one["columns"][column]["title"]) else seen.get((one["measure"], peer))
                     values = (found["ratios"] if ratios else found["figures"]) if found else []
                     cells.append(spread(values[column], 2 if ratios else one["columns"][column]["decimals"]) if values else "")
                 if any(cells):
@@ -178,7 +185,9 @@ def tables(figures):
             lines.append("")
     lines += others(figures, measures)
     lines += thrice(measures) + where_others_are_ahead(measures)
-    lines += ["*Goals*: met or missed where all rounds agree on it; else within noise, with what the median says.", "",
+    met = sum(goal["met"] for goal in figures["goals"])
+    lines += [f"*Goals*: by the medians {met} of {len(figures['goals'])} are met, {len(figures['goals']) - met} are missed. Where not "
+              "all rounds agree on it, it is within noise.", "",
               "| peer | measure | figure | compared with | goal | reached (least-most) | |",
               "| --- | --- | --- | --- | --- | --- | --- |"]
     for goal in figures["goals"]:
@@ -189,7 +198,7 @@ def tables(figures):
 
 def in_words(goal):
     if goal["verdict"] == "within noise":
-        return f"within noise, median {'met' if goal['met'] else 'missed'}"
+        return "within noise, median " + ("met" if goal["met"] else "**missed**")
     return goal["verdict"] if goal["verdict"] == "met" else f"**{goal['verdict']}**"
 
 

@@ -9,6 +9,7 @@ found; a commit that does so says why. Exit status: 0; 1 when something is longe
 record is to be made anew, so that the next change is compared with what there is.
 """
 
+import argparse
 import json
 import pathlib
 import re
@@ -42,9 +43,13 @@ def counted(work):
 
 
 def main():
-    work, *options = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", metavar="WORK")
+    parser.add_argument("--record", action="store_true")
+    given = parser.parse_args()
+    work = given.work
     found = counted(work)
-    if options == ["--record"]:
+    if given.record:
         record = {"tolerance": 0.03, "instructions": found}
         RECORD.write_text(json.dumps(record, indent=2) + "\n")
         return 0
