@@ -103,7 +103,7 @@ TEST_F(Background, WithAllDownItRefusesAndWithOneBackItServes) {
   EXPECT_EQ(ask(vip, 80), answered_by("one"));
   one_.stop();
   ASSERT_TRUE(becomes(handle, one_, CLUSTERIP_DOWN));
-  EXPECT_EQ(ask(vip, 80), refused_with(ECONNREFUSED));
+  EXPECT_EQ(ask(vip, 80), refused_by_program(ECONNREFUSED));
   EXPECT_EQ(handle.visit().at(0).refused, 1U) << "not by the backend's kernel, which refuses as well";
   one_.start();
   EXPECT_TRUE(eventually([] { return ask(vip, 80) == answered_by("one"); }));

@@ -138,7 +138,7 @@ TEST_F(Command, LoadStatusResolveUnload) {
   ASSERT_TRUE(exits(fine, loaded));
   EXPECT_EQ(loaded.err, "");
   EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one")) << "the fast path outlives the command";
-  EXPECT_EQ(ask("10.96.0.2", 443), refused_with(ECONNREFUSED));
+  EXPECT_EQ(ask("10.96.0.2", 443), refused_by_program(ECONNREFUSED));
 
   const Finished status = clusterip({"status", "--pin", pin()});
   EXPECT_TRUE(exits(fine, status));
@@ -330,7 +330,8 @@ TEST_F(Command, BpftoolListsTheNamesThatOperatorsKnow) {
   const BpfObjects ours = objects_of(cgroup());
   ASSERT_EQ(ours.programs.size(), 1u);
   const std::string program = std::to_string(*ours.programs.begin());
-  EXPECT_TRUE(contains(run({"bpftool", "cgroup", "show", cgroup().path()}).out, "sock4_connect"));
+  const Finished shown = run({"bpftool", "cgroup", "show", cgroup().path()});
+  EXPECT_TRUE(contains(shown.out, "sock4_connect")) << shown.out << shown.err;
   EXPECT_TRUE(
       contains("\n" + run({"bpftool", "prog", "show"}).out, "\n" + program + ": cgroup_sock_addr  name sock4_connect"));
   std::string maps;

@@ -76,7 +76,7 @@ TEST_F(HealthState, WithoutPanicNoBackendApplies) {
   const NamedServer one("one");
   Handle handle = serve(web({backend(one)}, ""));
   ASSERT_TRUE(ok(handle.set_backend_state("web", one.address(), one.port(), CLUSTERIP_DOWN)));
-  EXPECT_EQ(ask("10.96.0.1", 80), refused_with(ECONNREFUSED));
+  EXPECT_EQ(ask("10.96.0.1", 80), refused_by_program(ECONNREFUSED));
 }
 
 TEST_F(HealthState, PanicKeepsAffinityAndFlows) {
@@ -119,7 +119,7 @@ TEST_F(HealthState, DownOutlastsALoadOfAServiceWithHealth) {
 
   ASSERT_TRUE(ok(handle.set_backend_state("web", one.address(), one.port(), CLUSTERIP_DOWN)));
   ASSERT_TRUE(ok(handle.set_backends("web", {backend(one, 1, "down"), backend(two, 1, "down")})));
-  EXPECT_EQ(ask("10.96.0.1", 80), refused_with(ECONNREFUSED));
+  EXPECT_EQ(ask("10.96.0.1", 80), refused_by_program(ECONNREFUSED));
   ASSERT_TRUE(ok(handle.set_backends("web", {backend(one), backend(two)})));
   EXPECT_EQ(states(handle), (States{active, active})) << "said otherwise";
 }

@@ -93,11 +93,11 @@ TEST_P(Leak, NothingOfWhatIsRefusedLeavesTheHost) {
   const OtherHost host;
   const CableCounter counter;
   const Handle handle = serve(services());
-  EXPECT_EQ(try_to_reach(1, 80), ECONNREFUSED);
-  EXPECT_EQ(try_to_reach(2, 80), EHOSTUNREACH);
-  EXPECT_EQ(try_to_reach(4, 80), ECONNREFUSED) << "its backend takes no new connections";
-  EXPECT_EQ(try_to_reach(1, 81), ECONNREFUSED) << "a port that no service has";
-  EXPECT_EQ(try_to_reach(3, 81), ECONNREFUSED);
+  EXPECT_EQ(try_to_reach(1, 80), refusal(ECONNREFUSED));
+  EXPECT_EQ(try_to_reach(2, 80), refusal(EHOSTUNREACH));
+  EXPECT_EQ(try_to_reach(4, 80), refusal(ECONNREFUSED)) << "its backend takes no new connections";
+  EXPECT_EQ(try_to_reach(1, 81), refusal(ECONNREFUSED)) << "a port that no service has";
+  EXPECT_EQ(try_to_reach(3, 81), refusal(ECONNREFUSED));
   EXPECT_EQ(counter.packets(), 0);
   EXPECT_EQ(try_to_reach(3, 80), 0);
   EXPECT_GE(counter.packets(), 1) << "what passes is seen";

@@ -160,7 +160,8 @@ TEST_F(OlderKernel, WhereAPartIsAllowedTheOthersAreServed) {
             [&] {
               Handle handle = serve(text, partial());
               require(ask("10.96.0.1", 80) == answered_by("server"), "the other service is not served");
-              require(ask("10.96.0.1", 82) == refused_with(ECONNREFUSED), "a port that no service has is not refused");
+              require(ask("10.96.0.1", 82) == refused_by_program(ECONNREFUSED),
+                      "a port that no service has is not refused");
               const bool is_udp = row.keys == udp;
               const int family = Endpoint(row.vip, 81).family();
               const Fd fd = is_udp ? udp_socket(family) : tcp_socket(0, family);
@@ -211,7 +212,8 @@ TEST_F(OlderKernel, WhatAsksForTheEngineThatCannotIsRefused) {
                                   {"bpf", "10.96.0.1", 81, {backend(server)}, "refuse", "mark = 1\nengine = \"bpf\""}}),
                             partial());
                   require(ask("10.96.0.1", 80).error == ENETUNREACH, "what may be carried elsewhere does not pass");
-                  require(ask("10.96.0.1", 81) == refused_with(ECONNREFUSED), "what nobody carries is not refused");
+                  require(ask("10.96.0.1", 81) == refused_by_program(ECONNREFUSED),
+                          "what nobody carries is not refused");
                   require_contains(handle.visit().at(1).reason, "bpf_setsockopt()");
                 }),
             "");

@@ -72,7 +72,7 @@ TEST_F(Pin, SecondOpenSeesWhatIsServed) {
   pin_from_another_process(toml({{"first", "10.96.0.1", 80, {backend(one, 7), backend(two, 9, "drain")}},
                                  {"second", "10.96.0.2", 443, {}, "unreachable"}}));
   for (int i = 0; i < 4; ++i) ASSERT_EQ(ask("10.96.0.1", 80), answered_by("one"));
-  EXPECT_EQ(ask("10.96.0.2", 443), refused_with(EHOSTUNREACH));
+  EXPECT_EQ(ask("10.96.0.2", 443), refused_by_program(EHOSTUNREACH));
 
   Handle handle(plugin(), pinned());
   const auto seen = handle.visit();
@@ -517,7 +517,7 @@ TEST_F(Pin, KeyThatLeadsToAnotherServicesRecordIsNotFollowed) {
   ASSERT_EQ(bpf(BPF_MAP_LOOKUP_ELEM, attr), 0);
   attr.key = reinterpret_cast<std::uint64_t>(&a);
   ASSERT_EQ(bpf(BPF_MAP_UPDATE_ELEM, attr), 0);
-  EXPECT_EQ(ask("10.96.0.1", 80), refused_with(ECONNREFUSED));
+  EXPECT_EQ(ask("10.96.0.1", 80), refused_by_program(ECONNREFUSED));
   EXPECT_EQ(ask("10.96.0.1", 81), answered_by("two"));
   EXPECT_TRUE(ok(handle.detach()));
 }

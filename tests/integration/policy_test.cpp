@@ -180,7 +180,7 @@ TEST_F(PolicyTest, HostSaysWhichBackendsAreUp) {
   EXPECT_EQ(ask_often("10.96.0.1", 50)["two"], 50);
   EXPECT_EQ(handle.visit().at(0).backends.size(), 2u);
   ASSERT_TRUE(ok(handle.set_backend_state("web", two.address(), two.port(), CLUSTERIP_DRAIN)));
-  EXPECT_EQ(ask("10.96.0.1", 80), refused_with(ECONNREFUSED));
+  EXPECT_EQ(ask("10.96.0.1", 80), refused_by_program(ECONNREFUSED));
   ASSERT_TRUE(ok(handle.set_backend_state("web", one.address(), one.port(), CLUSTERIP_ACTIVE)));
   EXPECT_EQ(ask_often("10.96.0.1", 20)["one"], 20);
   EXPECT_TRUE(fails_with(-ENOENT, handle.set_backend_state("web", "127.0.0.9", 1, CLUSTERIP_DOWN)));
@@ -226,8 +226,8 @@ TEST_F(PolicyTest, EventsTellEachDecisionWhileSomebodyListens) {
 
   ASSERT_GE(plugin().event_fd(handle.get(), 60, nullptr), 0);
   EXPECT_EQ(ask("10.96.0.1", 80), answered_by("server"));
-  EXPECT_EQ(ask("10.96.0.2", 80), refused_with(ECONNREFUSED));
-  EXPECT_EQ(ask("10.96.0.1", 81), refused_with(ECONNREFUSED));
+  EXPECT_EQ(ask("10.96.0.2", 80), refused_by_program(ECONNREFUSED));
+  EXPECT_EQ(ask("10.96.0.1", 81), refused_by_program(ECONNREFUSED));
   EXPECT_EQ(ask(server.address(), server.port()), answered_by("server"));
   EXPECT_EQ(plugin().read_events(handle.get(), visit, &events, nullptr), 3) << "a bystander is no decision";
   ASSERT_EQ(events.size(), 3u);

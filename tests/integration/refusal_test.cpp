@@ -333,7 +333,7 @@ TEST_F(Refusal, WithoutBatchesServicesAreLoadedAllTheSame) {
                 require(ask("10.96.0.1", port) == answered_by("one"), "port " + std::to_string(port));
               services.resize(100);
               require_ok(handle.load(toml(services)));
-              require(ask("10.96.0.1", 101) == refused_with(ECONNREFUSED), "a removed service serves");
+              require(ask("10.96.0.1", 101) == refused_by_program(ECONNREFUSED), "a removed service serves");
               require(ask("10.96.0.1", 100) == answered_by("one"), "a kept service does not serve");
               Handle adopter(plugin(), pinned());
               require(adopter.visit().size() == 100, "adopted");

@@ -45,7 +45,7 @@ TEST_F(Reload, RefusesRemovedPortWhileTheVipHasAnother) {
   const NamedServer one("one");
   Handle handle = serve(toml({{"web", "10.96.0.1", 80, {backend(one)}}, {"tls", "10.96.0.1", 443, {backend(one)}}}));
   ASSERT_TRUE(ok(handle.load(toml({{"web", "10.96.0.1", 80, {backend(one)}}}))));
-  EXPECT_EQ(ask("10.96.0.1", 443), refused_with(ECONNREFUSED));
+  EXPECT_EQ(ask("10.96.0.1", 443), refused_by_program(ECONNREFUSED));
   EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one"));
 }
 
@@ -175,7 +175,7 @@ TEST_P(BadInput, IsRefusedWithItsPositionAndChangesNothing) {
   }
   EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one"));
   EXPECT_EQ(ask("10.96.0.9", 80), refused_with(ENETUNREACH));
-  EXPECT_EQ(ask("10.96.0.1", 81), refused_with(ECONNREFUSED));
+  EXPECT_EQ(ask("10.96.0.1", 81), refused_by_program(ECONNREFUSED));
   ASSERT_EQ(handle.visit().size(), 1u);
   EXPECT_TRUE(ok(handle.load(toml({{"web", "10.96.0.2", 80, {backend(one)}}})))) << "a good one is taken afterwards";
   EXPECT_EQ(ask("10.96.0.2", 80), answered_by("one"));
@@ -251,12 +251,12 @@ TEST_F(Reload, FullTableIsReplacedByAnotherFullTable) {
     ASSERT_TRUE(ok(handle.load(after)));
     for (int i = 0; i < 128; ++i) {
       ASSERT_EQ(ask(vip_of(i), 443), answered_by("two"));
-      ASSERT_EQ(ask(vip_of(i), 80), refused_with(ECONNREFUSED));
+      ASSERT_EQ(ask(vip_of(i), 80), refused_by_program(ECONNREFUSED));
     }
     ASSERT_TRUE(ok(handle.load(before)));
     for (int i = 0; i < 128; ++i) {
       ASSERT_EQ(ask(vip_of(i), 80), answered_by("one"));
-      ASSERT_EQ(ask(vip_of(i), 443), refused_with(ECONNREFUSED));
+      ASSERT_EQ(ask(vip_of(i), 443), refused_by_program(ECONNREFUSED));
     }
   }
 }
@@ -362,7 +362,7 @@ TEST_F(SetBackends, NoneMeansNoBackend) {
   const NamedServer one("one");
   Handle handle = serve(toml({{"web", "10.96.0.1", 80, {backend(one)}}}));
   ASSERT_TRUE(ok(handle.set_backends("web", {})));
-  EXPECT_EQ(ask("10.96.0.1", 80), refused_with(ECONNREFUSED));
+  EXPECT_EQ(ask("10.96.0.1", 80), refused_by_program(ECONNREFUSED));
   ASSERT_TRUE(ok(handle.set_backends("web", {backend(one)})));
   EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one"));
 }

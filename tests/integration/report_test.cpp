@@ -37,7 +37,7 @@ TEST_F(Report, CanarySeesRewriteAndRefusal) {
   seen.size = sizeof seen;
   EXPECT_TRUE(ok(handle.canary(&seen)));
   EXPECT_EQ(seen.rewrite_errno, 0);
-  EXPECT_EQ(seen.refuse_errno, ECONNREFUSED);
+  EXPECT_EQ(seen.refuse_errno, refusal(ECONNREFUSED));
   EXPECT_FALSE(has_children());
 }
 
@@ -334,8 +334,8 @@ TEST_F(Report, VisitSaysHowManyBackendsFollow) {
 TEST_F(Report, RefusedConnectsAreCountedPerService) {
   Handle handle = serve(toml(
       {{"a", "10.96.0.1", 80, {}}, {"b", "10.96.0.2", 80, {}, "unreachable"}, {"c", "10.96.0.3", 80, {}, "pass"}}));
-  for (int i = 0; i < 3; ++i) EXPECT_EQ(ask("10.96.0.1", 80), refused_with(ECONNREFUSED));
-  for (int i = 0; i < 2; ++i) EXPECT_EQ(ask("10.96.0.2", 80), refused_with(EHOSTUNREACH));
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(ask("10.96.0.1", 80), refused_by_program(ECONNREFUSED));
+  for (int i = 0; i < 2; ++i) EXPECT_EQ(ask("10.96.0.2", 80), refused_by_program(EHOSTUNREACH));
   EXPECT_EQ(ask("10.96.0.3", 80), refused_with(ENETUNREACH));
   const auto seen = handle.visit();
   EXPECT_EQ(seen[0].refused, 3u);

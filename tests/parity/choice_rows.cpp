@@ -116,7 +116,7 @@ void ejected_backend_is_skipped(Stage& stage) {
 void ejected_backend_is_tried_again(Stage& stage) {
   DeadPort dead("127.0.0.3");
   const NamedServer one("one");
-  stage.serve({web({backend(one), dead.backend()}, "eject = { failures = 1, time = \"50ms\" }\n")});
+  stage.serve({web({backend(one), dead.backend()}, "eject = { failures = 1, time = \"1s\" }\n")});
   const auto is_ejected = [&] {
     const auto status = stage.status_of("web");
     return boost::json::value_to<std::string>(status.at("backends").as_array().at(1).at("state")) == "ejected";
@@ -153,7 +153,7 @@ void all_down_is_refused_or_tried(Stage& stage) {
     const auto status = stage.status_of("web");
     return boost::json::value_to<std::string>(status.at("backends").as_array().at(0).at("state")) == "down";
   }));
-  EXPECT_TRUE(eventually([&] { return ask(vip, port) == refused_with(ECONNREFUSED); }));
+  EXPECT_TRUE(eventually([&] { return ask(vip, port) == stage.refused(ECONNREFUSED); }));
 }
 
 void dead_backend(Stage& stage) {

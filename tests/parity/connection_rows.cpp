@@ -94,7 +94,7 @@ void no_backend_is_refused(Stage& stage) {
   const Wire wire;
   stage.serve({web({})});
   wire.heard();
-  EXPECT_EQ(ask(vip, port), refused_with(ECONNREFUSED));
+  EXPECT_EQ(ask(vip, port), stage.refused(ECONNREFUSED));
   EXPECT_EQ(wire.heard(), 0);
   dial_errno(OtherHost::v4, port);
   EXPECT_GT(wire.heard(), 0) << "what does leave is heard";
@@ -106,7 +106,7 @@ void unserved_port_is_refused(Stage& stage) {
   const NamedServer one("one");
   stage.serve({web({backend(one)})});
   wire.heard();
-  EXPECT_EQ(ask(vip, port + 1), refused_with(ECONNREFUSED));
+  EXPECT_EQ(ask(vip, port + 1), stage.refused(ECONNREFUSED));
   EXPECT_EQ(wire.heard(), 0);
 }
 
@@ -221,14 +221,14 @@ void backend_sees_whom(Stage& stage) {
 
 void unreachable_and_pass(Stage& stage) {
   stage.serve({web({}, {}, "unreachable"), {"passed", other_vip, port, {}, "pass"}});
-  EXPECT_EQ(ask(vip, port), refused_with(stage.either(EHOSTUNREACH, ECONNREFUSED)));
+  EXPECT_EQ(ask(vip, port), stage.refused(stage.either(EHOSTUNREACH, ECONNREFUSED)));
   EXPECT_EQ(ask(other_vip, port), refused_with(stage.either(ENETUNREACH, ECONNREFUSED)));
 }
 
 void unserved_port_with_a_wildcard_listener(Stage& stage) {
   const NamedServer one("one"), wildcard("wildcard", "0.0.0.0");
   stage.serve({web({backend(one)})});
-  EXPECT_EQ(ask(vip, wildcard.port()), stage.either(refused_with(ECONNREFUSED), answered_by("wildcard")));
+  EXPECT_EQ(ask(vip, wildcard.port()), stage.either(stage.refused(ECONNREFUSED), answered_by("wildcard")));
 }
 
 void wildcard_listener_on_the_port(Stage& stage) {

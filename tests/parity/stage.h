@@ -57,6 +57,11 @@ class Stage {
     throw std::runtime_error("no service " + service);
   }
 
+  /// What a client sees that is refused by either engine.
+  support::Answer refused(int error) const {
+    return engine_ == Engine::bpf ? support::refused_by_program(error) : support::refused_with(error);
+  }
+
   /// What is to be seen in a row that differs.
   template <class Seen>
   Seen either(Seen bpf, Seen userspace) const {

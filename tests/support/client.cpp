@@ -4,13 +4,16 @@
 #include <arpa/inet.h>
 #include <sys/socket.h>
 #include <sys/time.h>
+#include <sys/utsname.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <ostream>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace support {
 
@@ -57,6 +60,15 @@ std::string peer_of(int fd) {
   socklen_t length = sizeof peer;
   if (::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &length) != 0) return ::strerrorname_np(errno);
   return text_of(peer);
+}
+
+int refusal(int error) {
+  utsname kernel{};
+  checked(::uname(&kernel), "uname");
+  int major = 0;
+  int minor = 0;
+  if (std::sscanf(kernel.release, "%d.%d", &major, &minor) != 2) throw std::runtime_error(kernel.release);
+  return std::pair(major, minor) < std::pair(5, 18) ? EPERM : error;
 }
 
 Fd udp_socket(int family) {

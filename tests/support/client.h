@@ -61,6 +61,12 @@ struct Answer {
 std::ostream& operator<<(std::ostream& out, const Answer& answer);
 
 inline Answer refused_with(int error) { return {error, {}}; }
+
+/// What a call fails with that a program of the fast path refuses with this errno: before Linux 5.18 it cannot choose
+/// one.
+int refusal(int error);
+inline Answer refused_by_program(int error) { return refused_with(refusal(error)); }
+
 inline Answer answered_by(std::string name) { return {0, std::move(name)}; }
 
 /// Connect, read until the server closes.
