@@ -671,7 +671,8 @@ TEST_F(Pin, RemovedLinkIsMadeAgain) {
   pin_from_another_process(text);
   EXPECT_EQ(ask("10.96.0.1", 80), answered_by("one")) << "it outlives its process";
   EXPECT_TRUE(std::filesystem::exists(link));
-  EXPECT_EQ(objects_of(cgroup()).links.size(), links);
+  EXPECT_TRUE(eventually([&] { return objects_of(cgroup()).links.size() == links; }))
+      << "the others go with their pins";
   remove_all_of_ours();
   EXPECT_TRUE(connect4_programs(cgroup()).empty());
   EXPECT_FALSE(std::filesystem::exists(pin()));
