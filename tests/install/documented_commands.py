@@ -178,6 +178,11 @@ IN_AN_INSTALLATION = Elsewhere("Install.Hosts runs them all, in order, as the do
                                'run("bash", "-ec", commands')
 
 BLOCKS = {
+    "docs/testing.md": {command: Elsewhere("it runs a part of what ctest runs", "scripts/test", "ctest --test-dir") for command in (
+        "sudo ctest --test-dir build/ci --output-on-failure -L parity",
+        "sudo ctest --test-dir build/ci --output-on-failure -LE . -R ReadConfig",
+        "sudo build/ci/tests/integration/integration_tests --gtest_filter='Connect.*'",
+        "sudo build/ci/tests/parity/parity_tests --gtest_filter='*/MarkOnTheFastPath'")},
     "README.md": {
         "sudo scripts/quickstart": Run("empty", holds=("nothing is left",)),
         "sudo scripts/test": Elsewhere("it runs this test", "scripts/test", "ctest --test-dir"),

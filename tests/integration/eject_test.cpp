@@ -129,12 +129,12 @@ TEST_F(Eject, WorksForIpv6) {
 TEST_F(Eject, BackendIsTriedAgainWhenItsTimeIsOverAndServesWhenItListensAgain) {
   DeadPort dead("127.0.0.2");
   const NamedServer one("one");
-  Handle handle = serve(web({backend(one), dead.backend()}, "eject = { failures = 3, time = \"300ms\" }"));
+  Handle handle = serve(web({backend(one), dead.backend()}, "eject = { failures = 3, time = \"1s\" }"));
   ASSERT_TRUE(eventually([&] { return static_cast<std::size_t>(refused(ask_often(1))) + count_ejected(handle) >= 2; }))
       << "the third failure";
   ASSERT_EQ(count_ejected(handle), 1u);
   const auto two = dead.listen("two");
-  EXPECT_EQ(ask_often(100)["one"], 100) << "not yet";
+  EXPECT_EQ(ask_often(20)["one"], 20) << "not yet";
   ASSERT_TRUE(eventually([&] { return ask("10.96.0.1", 80) == answered_by("two"); }));
   const auto answers = ask_often(100);
   EXPECT_EQ(answers.size(), 2u);

@@ -43,8 +43,8 @@ constexpr std::array table{
   Row{"DatagramsOfASocket", "datagrams of one UDP socket", "one backend, whatever the policy", "", "", datagrams_of_a_socket_go_to_one_backend},
   Row{"UnconnectedSocketMoves", "an unconnected UDP socket whose backend leaves", "the next datagram goes to another", "", "", unconnected_socket_is_given_another_backend},
 
-  Row{"BackendSees", "what the backend sees", "the application's own address", "the proxy's (the client's with `proxy_protocol`)", in_between, backend_sees_whom},
-  Row{"DeadBackend", "a dead backend among others", "ECONNREFUSED, or a timeout; with `eject`, a few times only", "another backend answers", "the hook runs before the connection is tried, and cannot try again", dead_backend},
+  Row{"BackendSees", "what the backend sees", "the application's own address", "the proxy's", in_between, backend_sees_whom},
+  Row{"DeadBackend", "a dead backend among others", "ECONNREFUSED", "another backend answers", "the hook runs before the connection is tried, and cannot try again (a host that is gone is a timeout; `eject` and `health` make either rare)", dead_backend},
   Row{"AllBackendsDead", "no backend takes the connection", "ECONNREFUSED", "connected, then ECONNRESET", accepted_first, all_backends_dead},
   Row{"UnreachableAndPass", "a service without backends, `unreachable` or `pass`", "EHOSTUNREACH; what it would be without clusterip", "ECONNREFUSED", local_vips, unreachable_and_pass},
   Row{"UnservedPortWildcard", "a port of a VIP that no service has, and something of the machine listens there on all addresses", "ECONNREFUSED", "that listener answers", local_vips, unserved_port_with_a_wildcard_listener},

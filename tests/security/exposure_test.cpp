@@ -6,6 +6,8 @@
 
 #include <filesystem>
 #include <regex>
+#include <set>
+#include <sstream>
 
 #include "tests/run/running.h"
 
@@ -61,13 +63,38 @@ TEST_F(Exposure, ControlSocketIsOfItsUserAloneWhateverTheUmask) {
   EXPECT_THAT(asked.err, testing::HasSubstr("Permission denied"));
 }
 
-/// What listens here, a line each.
-std::string listeners() { return run({"ss", "-H", "-t", "-l", "-n"}).out; }
+/// The addresses on which something listens here, TCP and UDP.
+std::set<std::string> listeners() {
+  const Finished shown = run({"ss", "-H", "-t", "-u", "-l", "-n"});
+  require(shown.exit_code == 0, shown.err);
+  std::set<std::string> found;
+  std::istringstream lines(shown.out);
+  for (std::string line; std::getline(lines, line);) {
+    std::istringstream words(line);
+    std::string kind, state, received, sent, address;
+    require(static_cast<bool>(words >> kind >> state >> received >> sent >> address), line);
+    found.insert(kind + " " + address);
+  }
+  return found;
+}
 
 TEST_F(Exposure, NothingListensButWhatTheFileNames) {
   const auto before = listeners();
-  RunningService service(files(toml({web({backend(one_)})})));
-  EXPECT_EQ(listeners(), before);
+  const std::string text = toml({web({backend(one_)})});
+  {
+    RunningService service(files(text));
+    EXPECT_EQ(listeners(), before);
+  }
+  auto with_metrics = before;
+  with_metrics.insert("tcp 127.0.0.1:9464");
+  {
+    RunningService service(files("[metrics]\nlisten = \"127.0.0.1:9464\"\n" + text));
+    EXPECT_EQ(listeners(), with_metrics);
+  }
+  auto with_vip = before;
+  with_vip.insert("tcp 10.96.0.1:80");
+  RunningService service(files(proxy_toml({web({backend(one_)})}, {.local_vips = true})), {"--engine", "userspace"});
+  EXPECT_EQ(listeners(), with_vip);
 }
 
 TEST(ShippedFiles, MetricsAreOnLoopback) {

@@ -2,6 +2,7 @@
 """Programs and plugin are hardened: what readelf and objdump find in the files that were built. ctest sets CLUSTERIP_BUILD."""
 
 import functools
+import json
 import os
 import pathlib
 import platform
@@ -60,6 +61,13 @@ class Hardening(unittest.TestCase):
         imported = set(re.findall(r" UND (\w+)@", show("readelf", "--dyn-syms", "-W", path)))
         self.assertIn("__stack_chk_fail", imported)
         self.assertTrue([name for name in imported if re.fullmatch(r"__\w+_chk", name)], "nothing is fortified")
+
+    def test_what_is_compiled_is_fortified_fully(self):
+        commands = json.loads((BUILD / "compile_commands.json").read_text())
+        product = [one for one in commands if re.search(r"/(balance|cli|config|fallback_proxy|health|kubernetes|plugin|run)/[\w/]+\.cpp$",
+                                                        one["file"]) and " -o tests/" not in one["command"]]
+        self.assertGreater(len(product), 80)
+        self.assertEqual([one["file"] for one in product if "-D_FORTIFY_SOURCE=3" not in one["command"]], [])
 
     @unittest.skipUnless(platform.machine() == "x86_64", "x86 only")
     @each(*PROGRAMS, PLUGIN)
