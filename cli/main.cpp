@@ -12,6 +12,7 @@
 #include <exception>
 #include <iostream>
 #include <iterator>
+#include <new>
 #include <span>
 #include <string>
 #include <vector>
@@ -171,6 +172,9 @@ int main(int argc, char** argv) {
   try {
     const std::vector<std::string> words(argv + std::min(argc, 1), argv + argc);
     return cli::finish(cli::run(words));
+  } catch (const std::bad_alloc&) {
+    std::fputs("clusterip: not enough memory\n", stderr);
+    return static_cast<int>(cli::Exit::failed);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "clusterip: %s\n", error.what());
     return static_cast<int>(cli::Exit::failed);
