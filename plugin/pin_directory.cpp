@@ -103,11 +103,11 @@ Result<Cgroup> recorded_cgroup(const std::string& directory) {
   return cgroup;
 }
 
-bool is_attached(Hook hook, const Cgroup& cgroup, std::uint32_t program_id) {
+Result<bool> is_attached(Hook hook, const Cgroup& cgroup, std::uint32_t program_id) {
   std::vector<std::uint32_t> ids(64);  // as many as the kernel allows on one hook of one cgroup
   auto count = static_cast<std::uint32_t>(ids.size());
   if (bpf_prog_query(cgroup.fd.get(), info_of(hook).attach_type, 0, nullptr, ids.data(), &count) != 0) {
-    return false;
+    return fail_errno(errno, "asking what is attached to " + cgroup.path);  // not "no": it would stay for good
   }
   ids.resize(count);
   return std::ranges::find(ids, program_id) != ids.end();
@@ -136,7 +136,7 @@ Result<bool> is_running(const std::string& directory, const std::string& link_pa
     return *running == *id;
   }
   const auto cgroup = recorded_cgroup(directory);
-  return cgroup && is_attached(Hook::connect4, *cgroup, *id);
+  return cgroup ? is_attached(Hook::connect4, *cgroup, *id) : Result<bool>(false);
 }
 
 }  // namespace
@@ -341,7 +341,11 @@ Result<HookAttachment> PinDirectory::attachment_of(Hook hook) const {
   if (!cgroup) {
     return std::unexpected(cgroup.error());
   }
-  if (!is_attached(hook, *cgroup, *id)) {
+  const auto attached = is_attached(hook, *cgroup, *id);
+  if (!attached) {
+    return std::unexpected(attached.error());
+  }
+  if (!*attached) {
     return fail(-ENOENT, pinned + " is not attached");
   }
   return HookAttachment::from_program(hook, *cgroup, program);
@@ -397,6 +401,10 @@ Result<void> PinDirectory::stage(const Maps& maps, const PerHook<Fd>& programs) 
   const std::string next = path_ + "/" + next_name;
   if (auto owned = check_owned(); !owned) {
     return owned;
+  }
+  // What an earlier exchange could not move up.
+  if (auto recovered = recover(); !recovered) {
+    return recovered;
   }
   if (mkdir(next.c_str(), S_IRWXU) != 0) {
     return fail_errno(errno, "creating " + next);
