@@ -5,9 +5,13 @@
  *   CLUSTERIP_FAULT="CALL COMMAND NTH ERRNO FILE"
  *
  * The NTH time (from 1) that CALL is made (with COMMAND as its first argument, unless that is -1) it fails with ERRNO, once.
- * Then FILE is made, so that whoever counts knows when there is no NTH time. CALL is a name below.
+ * Then FILE gets a byte, so that whoever counts knows when there is no NTH time. With 0 for NTH nothing fails, and FILE gets
+ * a byte each time. CALL is a name below.
  *
- *   CLUSTERIP_CLOCK="FILE SECONDS CLOCK": while FILE exists, that clock (CLOCK_*, a number) is that much later.
+ *   CLUSTERIP_FAULT_WHEN="FILE": only what is called while FILE exists is counted.
+ *
+ *   CLUSTERIP_CLOCK="FILE SECONDS CLOCK": while FILE exists, that clock (CLOCK_*, a number) is that much later. FILE.shifted
+ *   is made at the first such answer.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -19,6 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -31,20 +36,40 @@ static struct {
 	long nth;
 	int error;
 	char file[256];
+	char when[256];
 	char clock_file[256];
+	char clock_mark[272];
 	long clock_seconds;
 	int clock;
 } fault;
-static atomic_long calls;
+static atomic_long *calls; /* of this process and those that it forks */
+static atomic_flag has_shifted = ATOMIC_FLAG_INIT;
+
+/* By system calls that nothing here replaces. */
+static void mark(const char *file)
+{
+	long fd = syscall(SYS_openat, AT_FDCWD, file, O_CREAT | O_WRONLY | O_APPEND | O_CLOEXEC, 0600);
+
+	syscall(SYS_write, fd, ".", 1);
+	syscall(SYS_close, fd);
+}
 
 __attribute__((constructor)) static void read_fault(void)
 {
 	const char *text = getenv("CLUSTERIP_FAULT");
+
+	calls = mmap(NULL, sizeof *calls, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (calls == MAP_FAILED)
+		_exit(124);
 	if (text && sscanf(text, "%31s %ld %ld %d %255s", fault.call, &fault.command, &fault.nth, &fault.error, fault.file) != 5)
 		_exit(124);
+	text = getenv("CLUSTERIP_FAULT_WHEN");
+	if (text)
+		snprintf(fault.when, sizeof fault.when, "%s", text);
 	text = getenv("CLUSTERIP_CLOCK");
 	if (text && sscanf(text, "%255s %ld %d", fault.clock_file, &fault.clock_seconds, &fault.clock) != 3)
 		_exit(124);
+	snprintf(fault.clock_mark, sizeof fault.clock_mark, "%s.shifted", fault.clock_file);
 }
 
 /* Whether this call fails: errno is set. */
@@ -52,11 +77,13 @@ static int fails(const char *call, long command)
 {
 	if (strcmp(fault.call, call) != 0 || (fault.command != -1 && fault.command != command))
 		return 0;
-	if (atomic_fetch_add(&calls, 1) + 1 != fault.nth)
+	if (fault.when[0] && access(fault.when, F_OK) != 0)
 		return 0;
-	syscall(SYS_close, syscall(SYS_openat, AT_FDCWD, fault.file, O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+	if (atomic_fetch_add(calls, 1) + 1 != fault.nth && fault.nth != 0)
+		return 0;
+	mark(fault.file);
 	errno = fault.error;
-	return 1;
+	return fault.nth != 0;
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
@@ -121,13 +148,28 @@ int rename(const char *from, const char *to)
 	return fails("rename", -1) ? -1 : REAL(rename)(from, to);
 }
 
+int unlink(const char *path)
+{
+	return fails("unlink", -1) ? -1 : REAL(unlink)(path);
+}
+
+int rmdir(const char *path)
+{
+	return fails("rmdir", -1) ? -1 : REAL(rmdir)(path);
+}
+
 int clock_gettime(clockid_t id, struct timespec *now)
 {
 	static int (*real)(clockid_t, struct timespec *);
 	if (!real)
 		real = REAL(clock_gettime);
 	int result = real(id, now);
-	if (result == 0 && fault.clock_seconds && id == fault.clock && access(fault.clock_file, F_OK) == 0)
+	int error = errno;
+	if (result == 0 && fault.clock_seconds && id == fault.clock && access(fault.clock_file, F_OK) == 0) {
 		now->tv_sec += fault.clock_seconds;
+		if (!atomic_flag_test_and_set(&has_shifted))
+			mark(fault.clock_mark);
+	}
+	errno = error;
 	return result;
 }
