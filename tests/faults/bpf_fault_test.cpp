@@ -119,6 +119,7 @@ class BpfFault : public Running, public testing::WithParamInterface<Row> {
       EXPECT_FALSE(attempt(none));
       start_again();
       calls = none.counted();
+      made_good_ = 0;
     }
     ASSERT_GT(calls, 0) << "it never comes to this call";
     int injected = 0;

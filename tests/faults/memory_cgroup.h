@@ -22,7 +22,7 @@ class MemoryCgroup {
  public:
   /// Empty: this machine has none, or does not hand it down.
   static std::string hierarchy() {
-    const std::string unified = cgroup2_mount();
+    std::string unified = cgroup2_mount();
     if (read_text(unified + "/cgroup.subtree_control").contains("memory")) return unified;
     std::ifstream mounts("/proc/self/mounts");
     for (std::string line; std::getline(mounts, line);) {
