@@ -5,6 +5,7 @@
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -33,8 +34,12 @@ class Memory {
   void read(std::uint64_t address, void* to, std::size_t size) const {
     checked(::pread(fd_.get(), to, size, static_cast<off_t>(address)), "reading the caller's memory");
   }
-  /// Also where the caller could not.
+  /// Also where the caller could not: constants. Newer kernels want them to be writable first; the caller is a thread of
+  /// this process.
   void write(std::uint64_t address, const void* from, std::size_t size) const {
+    const auto page = static_cast<std::uint64_t>(::getpagesize());
+    const std::uint64_t begin = address / page * page;
+    checked(::mprotect(reinterpret_cast<void*>(begin), address + size - begin, PROT_READ | PROT_WRITE), "mprotect");
     checked(::pwrite(fd_.get(), from, size, static_cast<off_t>(address)), "writing the caller's memory");
   }
 
