@@ -34,8 +34,8 @@ class Memory {
   void read(std::uint64_t address, void* to, std::size_t size) const {
     checked(::pread(fd_.get(), to, size, static_cast<off_t>(address)), "reading the caller's memory");
   }
-  /// Also where the caller could not: constants. Newer kernels want them to be writable first; the caller is a thread of
-  /// this process.
+  /// Also where the caller could not: constants. Newer kernels want them to be writable first; the caller is a thread
+  /// of this process.
   void write(std::uint64_t address, const void* from, std::size_t size) const {
     const auto page = static_cast<std::uint64_t>(::getpagesize());
     const std::uint64_t begin = address / page * page;
