@@ -71,9 +71,9 @@ def others(figures, measures):
 def conditions(figures):
     """What it was measured on, and how."""
     build = figures["build"]
-    return (f"Measured on {figures['date']}: {figures['machine']}; {', '.join(figures['versions'].values())}; of {figures['commit']}, "
-            f"built by {build['compiler']} as {build['type']} ({build['flags']}; {', '.join(build['options'])}); {figures['rounds']} rounds of {figures['turns']} "
-            f"turns, loads of {figures['seconds']} s; {figures['threads']} threads for each proxy; {figures['stage']}, "
+    return (f"Measured on {figures['date']}: {figures['machine']}; {', '.join(figures['versions'].values())}; of "
+            f"{figures['commit']}, built by {build['compiler']} as {build['type']} ({build['flags']}; "
+            f"{', '.join(build['options'])}); {figures['rounds']} rounds of {figures['turns']} turns, loads of {figures['seconds']} s; {figures['threads']} threads for each proxy; {figures['stage']}, "
             f"{figures['congestion_control']}.")
 
 
@@ -186,8 +186,8 @@ def tables(figures):
     lines += others(figures, measures)
     lines += thrice(measures) + where_others_are_ahead(measures)
     met = sum(goal["met"] for goal in figures["goals"])
-    lines += [f"*Goals*: by the medians {met} of {len(figures['goals'])} are met, {len(figures['goals']) - met} are missed. Where not "
-              "all rounds agree on it, it is within noise.", "",
+    lines += [f"*Goals*: by the medians {met} of {len(figures['goals'])} are met, {len(figures['goals']) - met} are missed. Where "
+              "not all rounds agree on it, it is within noise.", "",
               "| peer | measure | figure | compared with | goal | reached (least-most) | |",
               "| --- | --- | --- | --- | --- | --- | --- |"]
     for goal in figures["goals"]:
