@@ -337,7 +337,7 @@ OUTPUTS = {
         "  application                          kernel                                   network": "a picture",
         "== Two backends and a client, each in a network namespace; no route leads to 192.10.100.100":
             "sudo scripts/quickstart",
-        "== test (ci)": "sudo scripts/test",
+        "== tests": "sudo scripts/test",
         'broken.toml:2:1: engine.mod: unknown key, did you mean "mode"?':
             Run("empty", instead="clusterip check broken.toml", status=(3,)),
     },
