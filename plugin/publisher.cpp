@@ -77,7 +77,7 @@ std::vector<PublishedService> read_once(const Maps& maps) {
     }
     const auto block = find_block(word, slots);
     if (!block) {
-      continue;  // damaged; adopt() finds a key without a service
+      continue;  // damaged; adopt() takes it away
     }
     PublishedService published{
         .service = decode_service(records[record]), .record = record, .block = *block, .backends = {}};
@@ -292,6 +292,12 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
     published.intact = expected.size() == block.size() && std::memcmp(expected.data(), &maps.slots()[block.header],
                                                                       expected.size() * sizeof(block_entry)) == 0;
     records[record] = true;
+  }
+  for (std::uint32_t record = 0; record < records.size(); ++record) {
+    if (!records[record]) {
+      // A damaged word would name a block again some day: what is written there then.
+      std::atomic_ref(maps.records()[record].word).store(0, std::memory_order_relaxed);
+    }
   }
   std::vector<std::uint32_t> held;
   for (std::uint32_t index = 0; index < backends.size(); ++index) {

@@ -494,6 +494,33 @@ TEST_F(Pin, DamagedWordIsSkippedAndTheNextLoadHealsIt) {
   }
 }
 
+TEST_F(Pin, DamagedHeaderIsForgottenByTheNextLoad) {
+  const NamedServer one("one"), other("other");
+  const std::string text =
+      toml({{"web", "10.96.0.1", 80, {backend(one)}}, {"other", "10.96.0.2", 80, {backend(other)}}});
+  pin_from_another_process(text);
+  {
+    const Fd records = pinned_map(pin(), "Record_Map"), slots = pinned_map(pin(), "Slot_Map");
+    const auto header =
+        static_cast<std::uint32_t>(read_element<service_record>(records, record_of(records, "web")).word);
+    auto damaged = read_element<block_header>(slots, header);
+    damaged.flags = BLOCK_EJECT;  // what is to follow then does not follow
+    write_element(slots, header, damaged);
+  }
+  // The record that had led there must not, when something else stands there again.
+  for (int process = 0; process < 2; ++process) {
+    EXPECT_EQ(in_child([&] {
+                Handle handle(plugin(), pinned());
+                require_ok(handle.load(text));
+                require(handle.visit().size() == 2, "there are others than the two");
+                require(ask("10.96.0.1", 80) == answered_by("one"), "the damaged service does not serve again");
+              }),
+              "")
+        << process;
+  }
+  remove_all_of_ours();
+}
+
 TEST_F(Pin, KeyThatLeadsToAnotherServicesRecordIsNotFollowed) {
   // What a reader sees when the kernel uses a hash element again under it.
   const NamedServer one("one"), two("two");
