@@ -113,7 +113,12 @@ TEST_F(Command, WrongUsageExitsWith2) {
                                                        {"resolve", "10.96.0.1:0x50"},
                                                        {"resolve", "10.96.0.1:80/sctp"},
                                                        {"resolve", "10.96.0.1:65536"},
-                                                       {"status", "surplus"}};
+                                                       {"status", "surplus"},
+                                                       {"--no-such-option", "probe"},
+                                                       {"unload", "--config", "one", "--pin", "/two"},
+                                                       {"run", "--config", "one", "--engine", "fast"},
+                                                       {"run", "--config", "one", "--control", "relative"},
+                                                       {"run", "--config", "one", "--log-level", "loud"}};
   for (const auto& words : wrong)
     EXPECT_TRUE(fails_in_one_line(usage, clusterip(words))) << testing::PrintToString(words);
 }
@@ -127,8 +132,68 @@ TEST_F(Command, HelpIsOnStdout) {
   }
 }
 
+TEST_F(Command, CheckReadsStandardInput) {
+  const auto check = [&](const std::string& text) {
+    return run({"sh", "-c", fmt::format("\"$@\" <{}", directory_.write("piped.toml", text)), "sh", CLUSTERIP_COMMAND,
+                "check", "-"});
+  };
+  const Finished good = check(toml({{"web", "10.96.0.1", 80, {{"127.0.0.1", 80}}}}));
+  EXPECT_TRUE(exits(fine, good));
+  EXPECT_EQ(good.out, "<stdin>: valid\n");
+  const Finished bad = check("[[service]]\nnaem = \"web\"\n");
+  EXPECT_TRUE(exits(configuration, bad));
+  EXPECT_TRUE(contains(bad.err, "<stdin>:2:1: ")) << bad.err;
+}
+
+TEST_F(Command, CheckWarnsOfWhatTheUserspaceEngineDoesNot) {
+  const Finished check = clusterip({"check", directory_.write("warned.toml",
+                                                              "[[service]]\n"
+                                                              "name = \"web\"\n"
+                                                              "vip = \"10.96.0.1\"\n"
+                                                              "port = 80\n"
+                                                              "engine = \"userspace\"\n"
+                                                              "no_backend = \"unreachable\"\n"
+                                                              "backends = [ \"127.0.0.1:80\" ]\n")});
+  EXPECT_TRUE(exits(fine, check));
+  EXPECT_TRUE(contains(check.err, "no_backend: the userspace engine refuses, whatever this says")) << check.err;
+}
+
+TEST_F(Command, VersionIsThatOfTheCommandAndOfThePlugin) {
+  const Finished version = run({CLUSTERIP_COMMAND, "--plugin", CLUSTERIP_PLUGIN_PATH, "--version"});
+  EXPECT_TRUE(exits(fine, version));
+  EXPECT_EQ(lines(version.out), 2) << version.out;
+  EXPECT_TRUE(version.out.starts_with("clusterip ") && contains(version.out, "\nlibclusterip ")) << version.out;
+  EXPECT_TRUE(contains(version.out, CLUSTERIP_PLUGIN_PATH)) << version.out;
+}
+
+TEST_F(Command, WhatCannotBeWrittenIsAFailure) {
+  const Finished probe =
+      run({"sh", "-c", "\"$@\" >/dev/full", "sh", CLUSTERIP_COMMAND, "--plugin", CLUSTERIP_PLUGIN_PATH, "probe"});
+  EXPECT_TRUE(fails_in_one_line(1, probe));
+  EXPECT_TRUE(contains(probe.err, "standard output: No space left on device")) << probe.err;
+}
+
 TEST_F(Command, MissingPluginFails) {
   EXPECT_TRUE(fails_in_one_line(1, run({CLUSTERIP_COMMAND, "--plugin", "/nonexistent/libclusterip.so.1", "probe"})));
+}
+
+TEST_F(Command, LibraryThatIsNoPluginIsToldFromOneOfAnotherAbi) {
+  const auto probe_with = [&](const std::string& name, const std::string& code) {
+    const std::string library = directory_.path() + "/" + name;
+    const Finished built =
+        run({"cc", "-shared", "-fPIC", "-x", "c", "-o", library, directory_.write(name + ".c", code)});
+    EXPECT_TRUE(exits(0, built));
+    return run({CLUSTERIP_COMMAND, "--plugin", library, "probe"});
+  };
+  const Finished nothing = probe_with("nothing.so", "int nothing;\n");
+  EXPECT_TRUE(fails_in_one_line(1, nothing));
+  EXPECT_TRUE(contains(nothing.err, "nothing.so: is no clusterip plugin")) << nothing.err;
+  const Finished later = probe_with("later.so", "unsigned clusterip_abi_version(void) { return 2 << 16 | 3; }\n");
+  EXPECT_TRUE(fails_in_one_line(1, later));
+  EXPECT_TRUE(contains(later.err, "later.so: has ABI 2.3, this command needs ABI 1")) << later.err;
+  const Finished half = probe_with("half.so", "unsigned clusterip_abi_version(void) { return 1 << 16; }\n");
+  EXPECT_TRUE(fails_in_one_line(1, half));
+  EXPECT_TRUE(contains(half.err, "clusterip_version_string")) << half.err;
 }
 
 TEST_F(Command, LoadStatusResolveUnload) {

@@ -244,6 +244,23 @@ TEST_F(Control, StatusIsShownAsATableOrAsJson) {
   EXPECT_EQ(fallback_proxy({"--status", "--control", "relative"}).exit_code, usage);
 }
 
+TEST_F(Control, WrongUsageIsToldInOneLine) {
+  const std::vector<std::pair<std::vector<std::string>, const char*>> wrong = {
+      {{}, "--config is missing"},
+      {{"--config", "a", "surplus"}, "unexpected argument 'surplus'"},
+      {{"--cleanup", "--status"}, "one of --cleanup, --status and --take-over at a time"},
+      {{"--no-such-option"}, "--no-such-option"}};
+  for (const auto& [words, why] : wrong) {
+    const Finished finished = fallback_proxy(words);
+    EXPECT_EQ(finished.exit_code, usage);
+    EXPECT_TRUE(finished.out.empty() && finished.err.starts_with("fallback_proxy: ")) << finished.out << finished.err;
+    EXPECT_TRUE(contains(finished.err, why) && finished.err.find('\n') == finished.err.size() - 1) << finished.err;
+  }
+  const Finished version = fallback_proxy({"--version"});
+  EXPECT_EQ(version.exit_code, fine);
+  EXPECT_TRUE(version.out.starts_with("fallback_proxy ")) << version.out;
+}
+
 TEST_F(Control, NamesAllThatTheProgramDoesAndAnEmptyPath) {
   const Finished help = fallback_proxy({"--help"});
   EXPECT_EQ(help.exit_code, fine);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #include <gmock/gmock.h>
 
+#include <cstdlib>
 #include <string>
 
 #include "kubernetes/access.h"
@@ -103,6 +104,40 @@ TEST(KubernetesAccess, CredentialsDoNotGoInClear) {
     EXPECT_EQ(access.error().message,
               "user \"c\": expected none with credentials, as http:// would send them in clear, or https://");
   }
+}
+
+TEST(KubernetesAccess, UsersThatCannotBeSpokenForAreRefused) {
+  const auto error_of = [](const std::string& user) {
+    const auto access = read_kubeconfig(
+        "{current-context: a, contexts: [{name: a, context: {cluster: b, user: c}}], "
+        "clusters: [{name: b, cluster: {server: \"https://127.0.0.1:8001\"}}], users: [{name: c, user: {" +
+            user + "}}]}",
+        "", "/");
+    return access ? std::string("accepted") : access.error().message;
+  };
+  EXPECT_THAT(error_of("client-certificate-data: YQ=="), HasSubstr("client-certificate and client-key: expected both"));
+  EXPECT_THAT(error_of("client-key-data: YQ=="), HasSubstr("client-certificate and client-key: expected both"));
+  EXPECT_THAT(error_of("exec: {command: x, apiVersion: example.org/v1}"),
+              HasSubstr("exec.apiVersion: expected client.authentication.k8s.io/v1"));
+  EXPECT_THAT(error_of("exec: {apiVersion: client.authentication.k8s.io/v1}"), HasSubstr("expected a command"));
+}
+
+TEST(KubernetesAccess, OfAPodIsItsEnvironments) {
+  const auto look = [](const char* host) {
+    ::setenv("KUBERNETES_SERVICE_HOST", host, 1);
+    ::setenv("KUBERNETES_SERVICE_PORT", "6443", 1);
+    auto access = find_access({});
+    ::unsetenv("KUBERNETES_SERVICE_HOST");
+    ::unsetenv("KUBERNETES_SERVICE_PORT");
+    return access;
+  };
+  ASSERT_TRUE(look("10.96.0.1"));
+  EXPECT_EQ(look("10.96.0.1")->origin, "https://10.96.0.1:6443");
+  ASSERT_TRUE(look("fd00::1"));
+  EXPECT_EQ(look("fd00::1")->origin, "https://[fd00::1]:6443");
+  const auto nowhere = find_access({});
+  ASSERT_FALSE(nowhere);
+  EXPECT_THAT(nowhere.error().message, HasSubstr("expected a server or a kubeconfig, or to run in a pod"));
 }
 
 TEST(KubernetesAccess, KubeconfigOfAnotherKindIsRefusedWithItsPlace) {
