@@ -30,6 +30,12 @@ Result<bpf_link_info> info_of(const Fd& link) {
   return info;
 }
 
+std::unexpected<Error> not_attached(Hook hook, const Cgroup& cgroup, int error) {
+  return fail_errno(
+      error, std::string("attaching ") + info_of(hook).program + " to " + cgroup.path +
+                 (error == EPERM ? " (a program of somebody else may be attached without BPF_F_ALLOW_MULTI)" : ""));
+}
+
 }  // namespace
 
 Result<std::uint32_t> program_id_of(const Fd& program) {
@@ -46,10 +52,7 @@ Result<HookAttachment> HookAttachment::attach(Hook hook, const Cgroup& cgroup, c
   if (use_link) {
     Fd link(bpf_link_create(program.get(), cgroup.fd.get(), type, nullptr));
     if (!link) {
-      const int error = errno;
-      return fail_errno(
-          error, "attaching to " + cgroup.path +
-                     (error == EPERM ? " (a program of somebody else may be attached without BPF_F_ALLOW_MULTI)" : ""));
+      return not_attached(hook, cgroup, errno);
     }
     auto copy = duplicate(program);
     if (!copy) {
@@ -58,10 +61,7 @@ Result<HookAttachment> HookAttachment::attach(Hook hook, const Cgroup& cgroup, c
     return from_link(hook, std::move(link), std::move(*copy));
   }
   if (bpf_prog_attach(program.get(), cgroup.fd.get(), type, BPF_F_ALLOW_MULTI) != 0) {
-    const int error = errno;
-    return fail_errno(
-        error, "attaching to " + cgroup.path +
-                   (error == EPERM ? " (a program of somebody else may be attached without BPF_F_ALLOW_MULTI)" : ""));
+    return not_attached(hook, cgroup, errno);
   }
   auto attachment = from_program(hook, cgroup, program);
   if (!attachment) {
@@ -92,7 +92,7 @@ Result<HookAttachment> HookAttachment::from_program(Hook hook, const Cgroup& cgr
 Result<Fd> HookAttachment::replace(Fd program) {
   if (link_) {
     if (bpf_link_update(link_.get(), program.get(), nullptr) != 0) {
-      return fail_errno(errno, "exchanging the program");
+      return fail_errno(errno, "exchanging " + name());
     }
     return std::exchange(program_, std::move(program));
   }
@@ -102,7 +102,7 @@ Result<Fd> HookAttachment::replace(Fd program) {
     // Before Linux 5.6 there is no BPF_F_REPLACE. For a moment both run: the second finds no VIP in what the first has
     // rewritten, and lets it pass.
     if (bpf_prog_attach(program.get(), cgroup_.get(), attach_type(), BPF_F_ALLOW_MULTI) != 0) {
-      return fail_errno(errno, "exchanging the program");
+      return fail_errno(errno, "exchanging " + name());
     }
     bpf_prog_detach2(program_.get(), cgroup_.get(), attach_type());
   }
@@ -113,13 +113,13 @@ Result<void> HookAttachment::detach() {
   if (link_) {
     // Closing the last descriptor detaches as well, but somebody may hold another one. Before Linux 5.9 that is all.
     if (bpf_link_detach(link_.get()) != 0 && errno != EINVAL && errno != EOPNOTSUPP) {
-      return fail_errno(errno, "detaching");
+      return fail_errno(errno, "detaching " + name());
     }
     link_.reset();
     return {};
   }
   if (bpf_prog_detach2(program_.get(), cgroup_.get(), attach_type()) != 0 && errno != ENOENT) {
-    return fail_errno(errno, "detaching");
+    return fail_errno(errno, "detaching " + name());
   }
   return {};
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <string>
 
 #include "plugin/cgroup.h"
 #include "plugin/fd.h"
@@ -40,6 +41,7 @@ class HookAttachment {
  private:
   explicit HookAttachment(Hook hook) : hook_(hook) {}
   bpf_attach_type attach_type() const { return info_of(hook_).attach_type; }
+  std::string name() const { return info_of(hook_).program; }
 
   Hook hook_;
   Fd link_;

@@ -757,11 +757,19 @@ Result<Resolution> BpfEngine::resolve(const config::Address& vip, std::uint16_t 
   auto done = for_reading([&](const Maps& maps) -> Result<void> {
     // The same steps as decide() of clusterip.bpf.c.
     const Key key = encode_key(vip, port, protocol);
-    const auto record = maps.find_key(key);
     const auto services = maps.records();
-    const std::uint64_t word = record && *record < services.size()
-                                   ? std::atomic_ref(services[*record].word).load(std::memory_order_acquire)
-                                   : 0;
+    constexpr int lookups = 4;
+    std::optional<std::uint32_t> record;
+    bool is_its_own = false;
+    for (int looked = 0; looked < lookups && !is_its_own; ++looked) {
+      record = maps.find_key(key);
+      is_its_own = !record || (*record < services.size() && has_key(services[*record], key));
+    }
+    if (!is_its_own) {
+      return fail(-EPROTO, "the pinned state is damaged: run `clusterip unload` and load again");
+    }
+    const std::uint64_t word =
+        record ? std::atomic_ref(services[*record].word).load(std::memory_order_acquire) : std::uint64_t{0};
     if (word == 0) {
       const bool route_only = port == 0 && protocol == config::Protocol::udp;
       resolution.verdict = !route_only && maps.find_key(marker_of(key)) ? Verdict::no_service : Verdict::pass;

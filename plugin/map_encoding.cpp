@@ -178,15 +178,22 @@ config::Service decode_service(const service_record& record) {
   return service;
 }
 
+bool has_key(const service_record& record, const Key& key) {
+  return std::memcmp(&record.key, static_cast<const service_key*>(&key), sizeof record.key) == 0;
+}
+
 void encode_record(const config::Service& service, service_record& record) {
   record.key = encode_key(service);
   record.turn = 0;
   encode_name(service.name, record);
 }
 
+/// Whoever reads meanwhile, or after a process that died here, finds some of the old and some of the new name, never
+/// none.
 void encode_name(std::string_view name, service_record& record) {
-  std::memset(record.name, 0, sizeof record.name);
-  std::memcpy(record.name, name.data(), std::min(name.size(), sizeof record.name - 1));
+  const std::size_t length = std::min(name.size(), sizeof record.name - 1);
+  std::memcpy(record.name, name.data(), length);
+  std::memset(record.name + length, 0, sizeof record.name - length);
 }
 
 backend_record encode_backend(const config::Backend& backend, std::uint32_t record) {

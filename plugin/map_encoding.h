@@ -40,6 +40,9 @@ config::Address decode_address(const __be32 (&address)[4]);
 /// The part of a service that its key and record hold: vip, port, protocol, name.
 config::Service decode_service(const service_record& record);
 
+/// Whether the record is of the service that has this key.
+bool has_key(const service_record& record, const Key& key);
+
 /// Fills key and name; `word` stays as it is.
 void encode_record(const config::Service& service, service_record& record);
 void encode_name(std::string_view name, service_record& record);

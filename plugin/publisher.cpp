@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #include "plugin/publisher.h"
 
+#include <netinet/in.h>
+
 #include <algorithm>
 #include <atomic>
 #include <boost/unordered/unordered_flat_set.hpp>
@@ -13,6 +15,8 @@
 #include <unordered_map>
 #include <utility>
 
+#include "config/printable.h"
+#include "config/values.h"
 #include "plugin/ejection.h"
 #include "plugin/publication.h"
 
@@ -109,6 +113,56 @@ std::vector<PublishedService> read_once(const Maps& maps) {
     published.service.backends.push_back(decode_backend(backends[index]));
   }
   return services;
+}
+
+/// What belongs to services that are adopted.
+struct Taken {
+  std::vector<bool> records;
+  std::vector<bool> backends;
+  ExtentPool blocks;
+};
+
+/// A name of a file's service, or the canary's.
+bool is_name(const service_record& record, const std::string& name) {
+  return record.name[sizeof record.name - 1] == '\0' && (config::parse_name(name) || name == CANARY_NAME);
+}
+
+/// Marks what belongs to a service as taken, or says what of it no publisher has written.
+const char* claim(const Maps& maps, const PublishedService& published, Taken& taken) {
+  const auto& [service, record, block, indices, intact] = published;
+  const block_header& header = maps.slots()[block.header].header;
+  if (!taken.blocks.take_at(block.header, block.size()) || header.record != record || header.policy > POLICY_MAGLEV ||
+      header.no_backend > NO_BACKEND_PASS || header.client > CLIENT_SOCKET) {
+    return "the block";
+  }
+  const Key key = encode_key(service);
+  const bool is_service = service.port != 0 && (key.protocol == IPPROTO_TCP || key.protocol == IPPROTO_UDP);
+  if (!is_service || !has_key(maps.records()[record], key) || maps.find_key(key) != record) {
+    return "the key";
+  }
+  if (!is_name(maps.records()[record], service.name)) {
+    return "the name";
+  }
+  for (const std::uint32_t index : indices) {
+    const backend_record& backend = maps.backends()[index];
+    if (taken.backends[index] || backend.record != record || backend.weight == 0 ||
+        backend.weight > config::max_weight) {
+      return "a backend";
+    }
+    taken.backends[index] = true;
+  }
+  const auto slots = maps.slots().subspan(block.header + 1, block.slots);
+  const bool one_each = service.policy == config::Policy::random || service.policy == config::Policy::least_conn;
+  if (!std::ranges::all_of(slots,
+                           [&](const block_entry& entry) {
+                             return entry.slot.backend < taken.backends.size() &&
+                                    entry.slot.alias < taken.backends.size();
+                           }) ||
+      (one_each && block_size(service) != block.size())) {
+    return "a slot";
+  }
+  taken.records[record] = true;
+  return nullptr;
 }
 
 }  // namespace
@@ -242,48 +296,22 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
   if (!grace) {
     return std::unexpected(grace.error());
   }
-  // What nothing reaches any more may still be read by programs that run now.
-  if (auto waited = grace->wait(); !waited) {
-    return std::unexpected(waited.error());
-  }
   auto keys = maps.all_keys();
   if (!keys) {
     return std::unexpected(keys.error());
   }
 
+  // 1. Look. What is refused stays as it is.
   const Capacity& capacity = maps.capacity();
   const bool peer_names = (maps.meta().flags & META_PEER_NAMES) != 0;
-  std::vector<bool> records(capacity.records());
-  std::vector<bool> backends(capacity.backend_records());
-  ExtentPool blocks(1, capacity.slots() - 1);
+  Taken taken{.records = std::vector<bool>(capacity.records()),
+              .backends = std::vector<bool>(capacity.backend_records()),
+              .blocks = ExtentPool(1, capacity.slots() - 1)};
   auto services = read_once(maps);
   for (auto& published : services) {
     const auto& [service, record, block, indices, intact] = published;
-    if (!blocks.take_at(block.header, block.size()) || maps.slots()[block.header].header.record != record) {
-      return damaged("the block of service \"" + service.name + "\"");
-    }
-    if (maps.find_key(encode_key(service)) != record) {
-      return damaged("the key of service \"" + service.name + "\"");
-    }
-    if (service.name.empty() || maps.records()[record].name[sizeof maps.records()[record].name - 1] != '\0') {
-      return damaged("the name of service \"" + service.name + "\"");
-    }
-    for (const std::uint32_t index : indices) {
-      const backend_record& backend = maps.backends()[index];
-      if (backends[index] || backend.record != record || backend.weight == 0 || backend.weight > config::max_weight) {
-        return damaged("a backend of service \"" + service.name + "\"");
-      }
-      backends[index] = true;
-    }
-    const auto slots = maps.slots().subspan(block.header + 1, block.slots);
-    if (!std::ranges::all_of(slots, [&](const block_entry& entry) {
-          return entry.slot.backend < backends.size() && (entry.slot.alias < backends.size());
-        })) {
-      return damaged("a slot of service \"" + service.name + "\"");
-    }
-    const bool one_each = service.policy == config::Policy::random || service.policy == config::Policy::least_conn;
-    if (one_each && block_size(service) != block.size()) {
-      return damaged("a slot of service \"" + service.name + "\"");
+    if (const char* fault = claim(maps, published, taken); fault != nullptr) {
+      return damaged(std::string(fault) + " of service \"" + config::printable(service.name) + "\"");
     }
     // A process that died before it had noted a new weight leaves such a service; the next load writes it again. So
     // does one whose ring begins with another backend than the file: nothing says in which order they stood there.
@@ -291,14 +319,34 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
     encode_block(service, record, indices, peer_names, expected);
     published.intact = expected.size() == block.size() && std::memcmp(expected.data(), &maps.slots()[block.header],
                                                                       expected.size() * sizeof(block_entry)) == 0;
-    records[record] = true;
   }
+  // Keys that are no service's: from a change that did not end. Their records are not free before the keys are gone.
+  std::vector<bool> records = taken.records;
+  std::vector<std::pair<Key, std::uint32_t>> unused;
+  std::vector<Key> markers;
+  for (const Key& key : *keys) {
+    const auto record = maps.find_key(key);
+    if (is_marker(key)) {
+      markers.push_back(key);
+    } else if (!record || *record >= records.size()) {
+      return damaged("a key of Service_Map");
+    } else if (!taken.records[*record] || !has_key(maps.records()[*record], key)) {
+      unused.emplace_back(key, records[*record] ? MARKER_RECORD : *record);
+      records[*record] = true;
+    }
+  }
+
+  // 2. What is nobody's becomes free, and may still be read by programs that run now.
   for (std::uint32_t record = 0; record < records.size(); ++record) {
-    if (!records[record]) {
-      // A damaged word would name a block again some day: what is written there then.
+    if (!taken.records[record]) {
+      // One that is damaged would name a block again when there is one at its place.
       std::atomic_ref(maps.records()[record].word).store(0, std::memory_order_relaxed);
     }
   }
+  if (auto waited = grace->wait(); !waited) {
+    return std::unexpected(waited.error());
+  }
+  std::vector<bool>& backends = taken.backends;
   std::vector<std::uint32_t> held;
   for (std::uint32_t index = 0; index < backends.size(); ++index) {
     if (!backends[index]) {
@@ -310,23 +358,8 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
     }
   }
 
-  // Keys without a service: from a change that did not end. Their records are not free before the keys are gone.
-  std::vector<std::pair<Key, std::uint32_t>> unused;
-  std::vector<Key> markers;
-  for (const Key& key : *keys) {
-    const auto record = maps.find_key(key);
-    if (is_marker(key)) {
-      markers.push_back(key);
-    } else if (!record || *record >= records.size()) {
-      return damaged("a key of Service_Map");
-    } else if (!records[*record]) {
-      unused.emplace_back(key, *record);
-      records[*record] = true;
-    }
-  }
-
   Publisher publisher(maps, std::move(*grace), IndexPool(capacity.records(), records),
-                      IndexPool(capacity.backend_records(), backends), std::move(blocks));
+                      IndexPool(capacity.backend_records(), backends), std::move(taken.blocks));
   publisher.unused_keys_ = std::move(unused);
   publisher.peer_names_ = peer_names;
   std::ranges::for_each(held, [&](std::uint32_t index) { publisher.backends_.retire(index); });

@@ -2,20 +2,24 @@
 //
 // Pinned maps that somebody has written into: a process that adopts them says that they are damaged, or takes what is
 // whole, and then each load has its whole effect. With the kernel's maps, pinned in a BPF filesystem of this program's
-// own; programs that would read them are not there, and so no grace period is.
+// own; programs that would read them are not there, and so no grace period is, nor are links, nor an exchange of maps.
 #include <bpf/bpf.h>
 #include <sys/stat.h>
 
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <map>
 #include <set>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "config/values.h"
 #include "plugin/maps.h"
 #include "plugin/publisher.h"
 #include "tests/fuzz/input.h"
@@ -23,6 +27,9 @@
 #include "tests/support/environment.h"
 
 namespace {
+
+std::uint64_t adopted = 0;
+std::uint64_t refused = 0;
 
 constexpr std::size_t most_entries = 10'000;                             // of four services with Maglev's tables
 const std::string directory = std::string(support::bpffs) + "/adopted";  // NOLINT(cert-err58-cpp)
@@ -127,6 +134,14 @@ std::string text(const config::Backend& backend) {
          std::to_string(static_cast<int>(backend.state));
 }
 
+std::string text(const plugin::Key& key) { return {reinterpret_cast<const char*>(&key), sizeof key}; }
+
+std::map<std::string, std::uint32_t> keys_of(const plugin::Maps& maps) {
+  std::map<std::string, std::uint32_t> keys;
+  for (const plugin::Key& key : *maps.all_keys()) keys.emplace(text(key), *maps.find_key(key));
+  return keys;
+}
+
 void is_same(const config::Service& seen, const config::Service& wanted) {
   require(seen.name == wanted.name && seen.vip == wanted.vip && seen.port == wanted.port);
   require(seen.protocol == wanted.protocol && seen.policy == wanted.policy && seen.affinity == wanted.affinity);
@@ -150,15 +165,22 @@ void are_same(const std::vector<plugin::PublishedService>& seen, const std::vect
   }
 }
 
-/// Nothing that is published lies outside the maps, or in another's place.
+/// Nothing that is published lies outside the maps, or in another's place, and the maps have nothing besides it.
 void is_whole(const plugin::Maps& maps, const plugin::Publisher& publisher) {
   std::vector<bool> entries(maps.slots().size());
   std::vector<bool> backends(maps.backends().size());
+  std::vector<bool> bits(maps.capacity().filter_bits());
+  std::map<std::string, std::uint32_t> keys;
   for (const plugin::PublishedService& one : publisher.published()) {
-    if (one.service.port == 0) continue;
-    require(!one.service.name.empty() && one.record < maps.records().size());
-    require(maps.find_key(plugin::encode_key(one.service)) == one.record);
-    require(one.block.is_within(entries.size()));
+    if (one.service.name.empty()) continue;
+    require(config::parse_name(one.service.name).has_value() && one.service.port != 0);
+    require(one.service.policy <= config::Policy::maglev && one.service.no_backend <= config::NoBackend::pass &&
+            one.service.client <= config::Client::socket);
+    const plugin::Key key = plugin::encode_key(one.service);
+    require(keys.emplace(text(key), one.record).second);
+    keys.emplace(text(plugin::marker_of(key)), MARKER_RECORD);
+    bits[maps.filter_bit(key)] = true;
+    require(one.record < maps.records().size() && one.block.is_within(entries.size()));
     for (std::uint32_t i = 0; i < one.block.size(); ++i) {
       require(!entries[one.block.header + i]);
       entries[one.block.header + i] = true;
@@ -169,6 +191,11 @@ void is_whole(const plugin::Maps& maps, const plugin::Publisher& publisher) {
       backends[index] = true;
     }
   }
+  require(keys_of(maps) == keys);
+  for (std::uint32_t bit = 0; bit < bits.size(); ++bit)
+    require((maps.filter()[bit / 64] >> bit % 64 & 1) == static_cast<std::uint64_t>(bits[bit]));
+  for (std::uint32_t record = 0; record < maps.records().size(); ++record)
+    require(maps.records()[record].word == 0 || !publisher.published()[record].service.name.empty());
 }
 
 /// Publishes, and sees that nothing else is there. False: there is no room, and nothing has changed.
@@ -181,6 +208,27 @@ bool load(plugin::Maps& maps, plugin::Publisher& publisher, const std::vector<co
   is_whole(maps, publisher);
   are_same(plugin::read_published(maps), done ? wanted : before);
   return done.has_value();
+}
+
+/// All that programs and processes read.
+struct Content {
+  std::vector<std::byte> bytes;
+  std::map<std::string, std::uint32_t> keys;
+  bool operator==(const Content&) const = default;
+};
+
+Content content_of(const plugin::Maps& maps) {
+  Content content{.bytes = {}, .keys = keys_of(maps)};
+  const auto add = [&content](auto array) {
+    const auto bytes = std::as_bytes(array);
+    content.bytes.insert(content.bytes.end(), bytes.begin(), bytes.end());
+  };
+  add(maps.records());
+  add(maps.slots());
+  add(maps.backends());
+  add(maps.filter());
+  add(std::span(&maps.meta(), 1));
+  return content;
 }
 
 /// The same maps for every input, as empty as at first: to make some takes longer than all that is done with them.
@@ -208,18 +256,25 @@ extern "C" int LLVMFuzzerInitialize(int* /*argc*/, char*** /*argv*/) {
     std::fprintf(stderr, "fuzz_adoption: cannot run here: %s\n", support::missing_privilege().c_str());
     std::exit(77);
   }
+  // A run in which all is refused, or nothing, is no test.
+  std::atexit([] {
+    std::fprintf(stderr, "%llu adopted, %llu refused\n", static_cast<unsigned long long>(adopted),
+                 static_cast<unsigned long long>(refused));
+    require(adopted + refused < 1000 || (adopted > 100 && refused > 100));
+  });
   return 0;
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t size) {
   fuzz::Input input(data, size);
+  const std::vector<config::Service> first = services(input);
+  const bool peer_names = input.flag();
+  empty_maps();
   {
-    empty_maps();
     auto before = plugin::Maps::open(directory);
     require(before.has_value());
     auto publisher = plugin::Publisher::create(*before, nullptr);
-    require(publisher.has_value());
-    require(load(*before, *publisher, services(input), input.flag()));
+    require(publisher.has_value() && load(*before, *publisher, first, peer_names));
     const std::size_t changes = input.below(12);
     for (std::size_t i = 0; i < changes; ++i) damage(input, *before);
   }
@@ -228,20 +283,30 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
     is_told_as_damage(maps.error());
     return 0;
   }
+  const Content before = content_of(*maps);
   auto publisher = plugin::Publisher::adopt(*maps);
   if (!publisher) {
     is_told_as_damage(publisher.error());
+    require(content_of(*maps) == before);
+    ++refused;
     return 0;
   }
+  ++adopted;
   is_whole(*maps, *publisher);
-  // A block that somebody has made as large as the map leaves no room; the engine makes new maps then.
-  if (!load(*maps, *publisher, services(input), input.flag())) return 0;
-  // Whoever comes next finds nothing that is damaged.
+  // The same file once more is what heals; a block that somebody has made as large as the map leaves no room for
+  // another, and the engine makes new maps then.
+  const bool is_same_file = input.flag();
+  const auto wanted = is_same_file ? first : services(input);
+  if (!load(*maps, *publisher, wanted, is_same_file ? peer_names : input.flag())) return 0;
+  // Whoever comes next finds nothing that is damaged. The ring of round_robin does not say in which order the file has
+  // its backends, and may be another for the same.
   auto next = plugin::Publisher::adopt(*maps);
   require(next.has_value());
   is_whole(*maps, *next);
+  for (const plugin::PublishedService& one : next->published())
+    require(one.intact || one.service.policy == config::Policy::round_robin);
   const auto seen = next->services();
-  require(seen.size() == publisher->services().size());
+  require(seen.size() == wanted.size());
   for (const config::Service& service : seen) is_same(service, *publisher->find(plugin::encode_key(service)));
   return 0;
 }

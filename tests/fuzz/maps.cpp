@@ -38,7 +38,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
   const auto members = plugin::members_of(*block, slots);
   require(members.empty() || (members.data() >= slots.data() && &members.back() <= &slots.back()));
 
-  // Publisher::adopt compares with what it would write. It has refused policies that do not exist before.
+  // Publisher::adopt compares with what it would write, after it has refused policies that do not exist.
   if (service.policy > config::Policy::maglev) return 0;
   std::vector<std::uint32_t> indices;
   for (const block_entry& member : members.first(std::min<std::size_t>(members.size(), 64))) {
