@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
 // The `clusterip` command: exit codes, and what its output must hold.
+#include <fmt/format.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 

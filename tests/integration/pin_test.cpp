@@ -50,6 +50,29 @@ class Pin : public Integration {
     return addresses;
   }
 
+  /// What the key of 10.96.0.1 and this port leads to in Service_Map.
+  static constexpr std::uint32_t nothing = 0xffffffff;
+  std::uint32_t record_at(std::uint16_t port) const {
+    std::uint32_t record = nothing;
+    return element_of_keys(BPF_MAP_LOOKUP_ELEM, port, record) == 0 ? record : nothing;
+  }
+  void lead(std::uint16_t port, std::uint32_t record) const {
+    checked(element_of_keys(BPF_MAP_UPDATE_ELEM, port, record), "BPF_MAP_UPDATE_ELEM");
+  }
+  int element_of_keys(bpf_cmd command, std::uint16_t port, std::uint32_t& record) const {
+    const Fd map = pinned_map(pin(), "Service_Map");
+    service_key key{};
+    key.address[2] = htonl(0xffff);
+    key.address[3] = htonl(0x0a600001);
+    key.port = htons(port);
+    key.protocol = IPPROTO_TCP;
+    bpf_attr attr{};
+    attr.map_fd = static_cast<std::uint32_t>(map.get());
+    attr.key = reinterpret_cast<std::uint64_t>(&key);
+    attr.value = reinterpret_cast<std::uint64_t>(&record);
+    return bpf(command, attr);
+  }
+
   void remove_all_of_ours() { EXPECT_TRUE(ok(Handle(plugin(), pinned()).detach())); }
 };
 
@@ -526,27 +549,61 @@ TEST_F(Pin, KeyThatLeadsToAnotherServicesRecordIsNotFollowed) {
   const NamedServer one("one"), two("two");
   Handle handle =
       serve(toml({{"a", "10.96.0.1", 80, {backend(one)}}, {"b", "10.96.0.1", 81, {backend(two)}}}), pinned());
-  const Fd map = pinned_map(pin(), "Service_Map");
-  const auto key_of = [](std::uint16_t port) {
-    service_key key{};
-    key.address[2] = htonl(0xffff);
-    key.address[3] = htonl(0x0a600001);
-    key.port = htons(port);
-    key.protocol = IPPROTO_TCP;
-    return key;
-  };
-  const service_key a = key_of(80), b = key_of(81);
-  std::uint32_t record = 0;
-  bpf_attr attr{};
-  attr.map_fd = static_cast<std::uint32_t>(map.get());
-  attr.key = reinterpret_cast<std::uint64_t>(&b);
-  attr.value = reinterpret_cast<std::uint64_t>(&record);
-  ASSERT_EQ(bpf(BPF_MAP_LOOKUP_ELEM, attr), 0);
-  attr.key = reinterpret_cast<std::uint64_t>(&a);
-  ASSERT_EQ(bpf(BPF_MAP_UPDATE_ELEM, attr), 0);
+  lead(80, record_at(81));
   EXPECT_EQ(ask("10.96.0.1", 80), refused_by_program(ECONNREFUSED));
   EXPECT_EQ(ask("10.96.0.1", 81), answered_by("two"));
+  clusterip_resolution resolution;
+  EXPECT_EQ(handle.resolve("10.96.0.1", 80, resolution).code, -EPROTO);
   EXPECT_TRUE(ok(handle.detach()));
+}
+
+TEST_F(Pin, KeysThatAreNoServicesGoWithTheNextLoad) {
+  const NamedServer one("one");
+  const std::string text = toml({{"a", "10.96.0.1", 80, {backend(one)}}});
+  pin_from_another_process(text);
+  const std::uint32_t record = record_at(80);
+  lead(81, record);       // to the record of another
+  lead(82, record + 30);  // two to one that is nobody's
+  lead(83, record + 30);
+  EXPECT_EQ(in_child([&] {
+              Handle handle(plugin(), pinned());
+              require_ok(handle.load(text));
+              require(ask("10.96.0.1", 80) == answered_by("one"), "the service does not serve");
+            }),
+            "");
+  EXPECT_EQ(record_at(80), record);
+  for (std::uint16_t port = 81; port <= 83; ++port) EXPECT_EQ(record_at(port), nothing) << port;
+  remove_all_of_ours();
+}
+
+TEST_F(Pin, PolicyThatDoesNotExistIsDamageAndWhatIsRefusedStays) {
+  const NamedServer one("one"), other("other");
+  const std::string text =
+      toml({{"web", "10.96.0.1", 80, {backend(one)}}, {"other", "10.96.0.2", 80, {backend(other)}}});
+  pin_from_another_process(text);
+  const Fd records = pinned_map(pin(), "Record_Map"), slots = pinned_map(pin(), "Slot_Map");
+  const auto damage = [&](const char* name, auto change) {
+    const auto header =
+        static_cast<std::uint32_t>(read_element<service_record>(records, record_of(records, name)).word);
+    auto damaged = read_element<block_header>(slots, header);
+    change(damaged);
+    write_element(slots, header, damaged);
+  };
+  damage("web", [](block_header& header) { header.policy = 9; });
+  damage("other", [](block_header& header) { header.flags = BLOCK_EJECT; });  // would be taken away by an adoption
+  const auto word = [&](const char* name) {
+    return read_element<service_record>(records, record_of(records, name)).word;
+  };
+  const auto web_before = word("web"), other_before = word("other");
+  EXPECT_EQ(in_child([&] {
+              Handle handle(plugin(), pinned());
+              const Outcome outcome = handle.load(text);
+              require(outcome.code == -EPROTO, "adopted: " + outcome.message);
+            }),
+            "");
+  EXPECT_EQ(word("web"), web_before);
+  EXPECT_EQ(word("other"), other_before);
+  remove_all_of_ours();
 }
 
 TEST_F(Pin, SlotThatLeadsToAForeignBackendIsHealedByTheNextLoad) {
@@ -604,13 +661,16 @@ TEST_F(Pin, WeightThatNoBackendCanHaveIsDamage) {
 TEST_F(Pin, NameThatNoServiceCanHaveIsDamage) {
   const NamedServer server("server");
   const std::string text = toml({{"web", "10.96.0.1", 80, {backend(server)}}});
-  for (const char letter : {'x', '\0'}) {
+  for (const char letter : {'x', '\0', '\n'}) {
     pin_from_another_process(text);
     {
       const Fd map = pinned_map(pin(), "Record_Map");
       const std::uint32_t record = record_of(map, "web");
       auto damaged = read_element<service_record>(map, record);
-      std::ranges::fill(damaged.name, letter);
+      if (letter == '\n')
+        damaged.name[1] = letter;
+      else
+        std::ranges::fill(damaged.name, letter);
       write_element(map, record, damaged);
     }
     EXPECT_EQ(in_child([&] {
