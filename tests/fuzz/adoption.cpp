@@ -136,9 +136,11 @@ std::string text(const config::Backend& backend) {
 
 std::string text(const plugin::Key& key) { return {reinterpret_cast<const char*>(&key), sizeof key}; }
 
+/// Nobody looks at what a marker leads to.
 std::map<std::string, std::uint32_t> keys_of(const plugin::Maps& maps) {
   std::map<std::string, std::uint32_t> keys;
-  for (const plugin::Key& key : *maps.all_keys()) keys.emplace(text(key), *maps.find_key(key));
+  for (const plugin::Key& key : *maps.all_keys())
+    keys.emplace(text(key), plugin::is_marker(key) ? MARKER_RECORD : *maps.find_key(key));
   return keys;
 }
 
