@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Each failure that the product tells of is explained in a document: every call of fail(), fail_errno(), spdlog::error() and warn()
-has a piece of its text there. ctest sets CLUSTERIP_SOURCE."""
+"""What documents say of messages and of tests. Messages: every call of fail(), fail_errno(), spdlog::error() and warn() has a piece
+of its text in one, with what is to be done. Claims: what docs/testing.md quotes stands where it is claimed, and the tests are there.
+ctest sets CLUSTERIP_SOURCE."""
 
 import os
 import pathlib
@@ -55,6 +56,22 @@ class Messages(unittest.TestCase):
                     missing.append(f"{file.relative_to(SOURCE)}:{line}: {' ... '.join(said)}")
         self.assertGreater(seen, 150, "the calls are not found any more")
         self.assertEqual(missing, [], "no document says what is to be done about these")
+
+
+class Claims(unittest.TestCase):
+    def test_stand_where_they_are_claimed_and_have_their_tests(self):
+        rows = re.findall(r'^\| "(.+)" \| (`.+`) \|$', (SOURCE / "docs/testing.md").read_text(), re.MULTILINE)
+        self.assertGreater(len(rows), 25)
+        claimed = re.sub(r"\s+", " ", (SOURCE / "README.md").read_text() + (SOURCE / "ARCHITECTURE.md").read_text())
+        tests = set()
+        for file in (SOURCE / "tests").rglob("*.cpp"):
+            tests |= {f"{suite}.{name}" for suite, name in re.findall(r"\bTEST(?:_F|_P)?\((\w+),\s*(\w+)\)", file.read_text())}
+        tests |= set(re.findall(r"add_test\(NAME ([\w.]+)", (SOURCE / "tests/torture/CMakeLists.txt").read_text()))
+        for claim, names in rows:
+            with self.subTest(claim=claim):
+                self.assertIn(claim, claimed)
+                for name in re.findall(r"`([^`]+)`", names):
+                    self.assertIn(name, tests)
 
 
 if __name__ == "__main__":
