@@ -3,6 +3,8 @@
 // From the TOML text to the plain model.
 #pragma once
 
+#include <sys/stat.h>
+
 #include <expected>
 #include <span>
 #include <string>
@@ -34,8 +36,8 @@ std::expected<Config, std::vector<Mistake>> read_config(std::string_view text);
 std::vector<Mistake> check_backends(const Service& service, std::span<const Backend> backends);
 
 /// Read the whole file: a regular one, or a pipe that somebody writes to, with some seconds of patience. The error's
-/// message names the path and the reason.
-Result<std::string> read_file(const std::string& path);
+/// message names the path and the reason. `status`, where it is given, becomes that of the very file that was read.
+Result<std::string> read_file(const std::string& path, struct stat* status = nullptr);
 
 /// "file:line:column: message", then the line of `text` and a caret under the column: how compilers show a mistake.
 /// Lines are cut to 120 columns and shown without control characters. No newline at the end.

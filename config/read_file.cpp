@@ -47,14 +47,15 @@ bool wait_for_more(int pipe, std::chrono::steady_clock::time_point until) {
 
 }  // namespace
 
-Result<std::string> read_file(const std::string& path) {
+Result<std::string> read_file(const std::string& path, struct stat* status) {
   const File file(path);
   if (file.descriptor < 0) return failed(path, errno);
-  struct stat status{};
-  if (::fstat(file.descriptor, &status) != 0) return failed(path, errno);
-  const bool is_pipe = S_ISFIFO(status.st_mode);
+  struct stat opened{};
+  if (::fstat(file.descriptor, &opened) != 0) return failed(path, errno);
+  if (status != nullptr) *status = opened;
+  const bool is_pipe = S_ISFIFO(opened.st_mode);
   // A device may never end, or wait for somebody to type.
-  if (!S_ISREG(status.st_mode) && !S_ISDIR(status.st_mode) && !is_pipe)
+  if (!S_ISREG(opened.st_mode) && !S_ISDIR(opened.st_mode) && !is_pipe)
     return std::unexpected(Error{-EINVAL, fmt::format("{}: expected a file or a pipe", printable(path))});
   const auto until = std::chrono::steady_clock::now() + pipe_patience;
   std::string text;

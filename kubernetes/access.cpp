@@ -2,6 +2,8 @@
 #include "kubernetes/access.h"
 
 #include <fmt/format.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -39,6 +41,16 @@ std::optional<std::chrono::minutes> zone_offset(std::string_view text) {
   }
   const std::chrono::minutes offset(60 * parts[0] + parts[1]);
   return text[0] == '-' ? -offset : offset;
+}
+
+/// Whoever may write a kubeconfig with a command decides what this process runs.
+config::Result<void> check_writers(const struct stat& kubeconfig) {
+  const bool is_trusted = kubeconfig.st_uid == 0 || kubeconfig.st_uid == ::geteuid();
+  if (is_trusted && (kubeconfig.st_mode & (S_IWGRP | S_IWOTH)) == 0) return {};
+  const std::string owner = ::geteuid() == 0 ? "root" : fmt::format("root or user {}", ::geteuid());
+  return config::fail(-EPERM, fmt::format("exec: expected a file of {}'s that nobody else may write to, as its command "
+                                          "is run with the rights of this process, got user {}'s with mode {:04o}",
+                                          owner, kubeconfig.st_uid, kubeconfig.st_mode & 07777));
 }
 
 }  // namespace
@@ -94,10 +106,14 @@ config::Result<Access> parse_server(std::string_view url) {
 
 config::Result<Access> find_access(const config::Kubernetes& choices) {
   if (!choices.kubeconfig.empty()) {
-    const auto text = config::read_file(choices.kubeconfig);
+    struct stat status{};
+    const auto text = config::read_file(choices.kubeconfig, &status);
     if (!text) return std::unexpected(text.error());
     const std::string base = std::filesystem::absolute(choices.kubeconfig).parent_path();
     auto access = read_kubeconfig(*text, choices.context, base);
+    if (access && access->exec) {
+      if (auto trusted = check_writers(status); !trusted) access = std::unexpected(trusted.error());
+    }
     if (!access)
       return config::fail(access.error().code,
                           fmt::format("{}: {}", config::printable(choices.kubeconfig), access.error().message));

@@ -46,7 +46,8 @@ config::Result<Access> parse_server(std::string_view url);
 /// A kubeconfig file's current context, or `context`. `base` is its directory, for relative paths.
 config::Result<Access> read_kubeconfig(const std::string& text, const std::string& context, const std::string& base);
 
-/// As [kubernetes] says. Reads files and the environment.
+/// As [kubernetes] says. Reads files and the environment. -EPERM: a kubeconfig has a command, and somebody else than
+/// root and this process's user may write to it.
 config::Result<Access> find_access(const config::Kubernetes& choices);
 
 /// Credentials as an `exec` command prints them.

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: BSD-2-Clause
+#include <fmt/format.h>
 #include <gmock/gmock.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <string>
@@ -146,6 +149,72 @@ TEST(KubernetesAccess, KubeconfigOfAnotherKindIsRefusedWithItsPlace) {
     const auto access = read_kubeconfig(text, "", "/");
     EXPECT_FALSE(access) << text;
   }
+}
+
+/// A kubeconfig of this owner and mode, whose user has this; it ends with this object.
+class Kubeconfig {
+ public:
+  Kubeconfig(const std::string& user, uid_t owner, mode_t mode) {
+    const int file = ::mkstemp(path_.data());
+    const std::string text =
+        "{current-context: a, contexts: [{name: a, context: {cluster: b, user: c}}], clusters: [{name: b, cluster: "
+        "{server: \"https://127.0.0.1:6443\"}}], users: [{name: c, user: {" +
+        user + "}}, {name: d, user: {exec: {command: x, apiVersion: client.authentication.k8s.io/v1}}}]}";
+    EXPECT_EQ(::write(file, text.data(), text.size()), static_cast<ssize_t>(text.size()));
+    EXPECT_EQ(::fchmod(file, mode), 0);
+    EXPECT_EQ(::fchown(file, owner, static_cast<gid_t>(-1)), 0);
+    ::close(file);
+  }
+  ~Kubeconfig() { ::unlink(path_.c_str()); }
+  Kubeconfig(const Kubeconfig&) = delete;
+  Kubeconfig& operator=(const Kubeconfig&) = delete;
+
+  const std::string& path() const { return path_; }
+  /// The reason why it is no use; empty: it is one.
+  std::string refusal() const {
+    config::Kubernetes choices;
+    choices.kubeconfig = path_;
+    const auto access = find_access(choices);
+    return access ? "" : access.error().message;
+  }
+
+ private:
+  std::string path_ = "/tmp/kubeconfig-XXXXXX";
+};
+
+constexpr const char* with_command = "exec: {command: x, apiVersion: client.authentication.k8s.io/v1}";
+
+TEST(KubernetesAccess, CommandIsRunOnlyOfAFileThatNobodyElseMayWriteTo) {
+  for (const mode_t mode : {0400U, 0600U, 0644U, 0755U}) {
+    const Kubeconfig own(with_command, ::geteuid(), mode);
+    EXPECT_EQ(own.refusal(), "") << mode;
+  }
+  for (const mode_t mode : {0620U, 0602U, 0664U, 0666U, 0777U}) {
+    const Kubeconfig shared(with_command, ::geteuid(), mode);
+    EXPECT_THAT(shared.refusal(), testing::StartsWith(shared.path() + ": exec: expected a file of root")) << mode;
+    EXPECT_THAT(shared.refusal(), testing::EndsWith(fmt::format("'s with mode {:04o}", mode)));
+    const Kubeconfig without("token: t", ::geteuid(), mode);
+    EXPECT_EQ(without.refusal(), "") << "another user's command is not run";
+  }
+}
+
+TEST(KubernetesAccess, CommandIsRunOnlyOfAFileOfRootsOrOfThisUser) {
+  if (::geteuid() != 0) GTEST_SKIP() << "gives files away";
+  const Kubeconfig theirs(with_command, 65534, 0644);
+  EXPECT_EQ(theirs.refusal(),
+            theirs.path() +
+                ": exec: expected a file of root's that nobody else may write to, as its command is run with "
+                "the rights of this process, got user 65534's with mode 0644");
+  EXPECT_EQ(Kubeconfig("token: t", 65534, 0644).refusal(), "");
+  const Kubeconfig of_root(with_command, 0, 0644);
+  const Kubeconfig own(with_command, 65534, 0600);
+  const Kubeconfig of_another(with_command, 1, 0644);
+  ASSERT_EQ(::seteuid(65534), 0);
+  const std::string said = of_another.refusal(), said_of_root = of_root.refusal(), said_of_own = own.refusal();
+  ASSERT_EQ(::seteuid(0), 0);
+  EXPECT_THAT(said, HasSubstr("expected a file of root or user 65534's that"));
+  EXPECT_EQ(said_of_root, "");
+  EXPECT_EQ(said_of_own, "");
 }
 
 }  // namespace
