@@ -31,7 +31,8 @@ config::Result<std::optional<ControlClient>> ControlClient::connect(const std::s
   }
   ucred other{};
   socklen_t length = sizeof other;
-  ::getsockopt(socket.get(), SOL_SOCKET, SO_PEERCRED, &other, &length);
+  if (::getsockopt(socket.get(), SOL_SOCKET, SO_PEERCRED, &other, &length) != 0)
+    return config::fail_errno(errno, "asking whose " + path + " is");
   // Whoever could bind the path would be believed otherwise.
   if (other.uid != 0 && other.uid != ::geteuid())
     return config::fail(-EPERM, fmt::format("{} is user {}'s, who is neither root nor this one", path, other.uid));
