@@ -5,15 +5,19 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <poll.h>
 #include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <memory>
 #include <vector>
+
+#include "fallback_proxy/control_socket.h"
 
 namespace {
 
@@ -269,6 +273,51 @@ TEST_F(Control, NamesAllThatTheProgramDoesAndAnEmptyPath) {
   const Finished empty = fallback_proxy({"--config", ""});
   EXPECT_EQ(empty.exit_code, usage);
   EXPECT_EQ(empty.err, "fallback_proxy: --config is empty: expected the path of a file\n");
+}
+
+TEST_F(Control, SocketThatSomebodyElseHasPlantedIsNotBelieved) {
+  constexpr uid_t nobody = 65534;
+  const NamedServer one("one");
+  const auto files = std::make_shared<FallbackProxy::Files>();
+  files->write(proxy_toml({{"web", vip, 80, {backend(one)}}}));
+  const std::string control = files->control();
+  checked(::chown(std::filesystem::path(control).parent_path().c_str(), nobody, nobody), "chown");
+  const Child planted([&control](const Channel& test) {
+    checked(::setgid(nobody), "setgid");
+    checked(::setuid(nobody), "setuid");
+    const Fd socket(checked(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket"));
+    const auto address = userspace::control_address(control);
+    checked(::bind(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), "bind");
+    checked(::listen(socket.get(), 16), "listen");
+    test.tell('l');
+    for (;;) {
+      const Fd client(checked(::accept4(socket.get(), nullptr, nullptr, SOCK_CLOEXEC), "accept4"));
+      char asked = 0;
+      if (::recv(client.get(), &asked, 1, 0) == 0) continue;
+      checked(static_cast<int>(::send(client.get(), "{}\n", 3, MSG_NOSIGNAL)), "send");
+      test.tell('a');
+    }
+  });
+  ASSERT_EQ(planted.channel().hear(), 'l');
+
+  const std::string why = fmt::format("{} is user {}'s, who is neither root nor this one", control, nobody);
+  for (const std::vector<std::string>& command : std::vector<std::vector<std::string>>{
+           {CLUSTERIP_FALLBACK_PROXY, "--status", "--control", control},
+           {CLUSTERIP_FALLBACK_PROXY, "--config", files->config(), "--take-over"},
+           {CLUSTERIP_COMMAND, "status", "--control", control, "--plugin", CLUSTERIP_PLUGIN_PATH}}) {
+    const Finished finished = run(command);
+    EXPECT_NE(finished.exit_code, fine) << fmt::format("{}", fmt::join(command, " "));
+    EXPECT_EQ(finished.out, "");
+    EXPECT_EQ(lines(finished.err), 1) << finished.err;
+    EXPECT_TRUE(contains(finished.err, why)) << finished.err;
+  }
+  FallbackProxy proxy(files);
+  EXPECT_EQ(ask(vip, 80), answered_by("one"));
+  const Finished ended = proxy.terminate();
+  EXPECT_TRUE(contains(ended.err, "no status and no upgrade: " + why)) << ended.err;
+  EXPECT_TRUE(std::filesystem::exists(control)) << "it is not ours to remove";
+  pollfd heard{.fd = planted.channel().get(), .events = POLLIN, .revents = 0};
+  EXPECT_EQ(::poll(&heard, 1, 0), 0) << "somebody has asked it something";
 }
 
 }  // namespace
