@@ -4,8 +4,12 @@
 // other, and says which one it misses when one is taken away.
 #include <linux/capability.h>
 #include <signal.h>
+#include <sys/stat.h>
 
 #include <algorithm>
+#include <filesystem>
+#include <memory>
+#include <regex>
 #include <string>
 #include <vector>
 
@@ -14,6 +18,7 @@
 namespace {
 
 using namespace support;
+using testing::ElementsAre;
 using testing::HasSubstr;
 
 enum class Ends : std::uint8_t {
@@ -23,7 +28,7 @@ enum class Ends : std::uint8_t {
 
 struct Command {
   std::string shown;               // in docs/security.md
-  std::vector<std::string> words;  // FILE, PIN, CONTROL and VIP stand for the test's own
+  std::vector<std::string> words;  // FILE, PIN, CONTROL and VIP stand for the test's own; FILE is not what is loaded
   std::vector<unsigned> needs;
   std::string without;  // in docs/security.md: what happens when one of them is missing
   Ends ends = Ends::by_itself;
@@ -97,7 +102,7 @@ class Privileges : public Running {
   std::vector<std::string> words_of(const Command& command) const {
     std::vector<std::string> words = command.words;
     for (std::string& word : words) {
-      if (word == "FILE") word = files_->config();
+      if (word == "FILE") word = other_->config();
       if (word == "PIN") word = pin();
       if (word == "CONTROL") word = files_->control();
       if (word == "VIP") word = std::string(fast_vip) + ":80";
@@ -130,8 +135,30 @@ class Privileges : public Running {
     if (command.is_loaded) require(clusterip({"load", "--config", files_->config()}).exit_code == fine, "load");
   }
 
-  const NamedServer one_{"one"};
-  std::shared_ptr<const FallbackProxy::Files> files_;
+  /// What could have changed: pins, each of which has an inode of its own, what is attached to the cgroup, routes.
+  std::string state() const {
+    std::string text;
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(bpffs)) {
+      struct stat seen{};
+      checked(::lstat(entry.path().c_str(), &seen), entry.path());
+      text += fmt::format("{} {} {:o} {}\n", entry.path().string(), seen.st_ino, seen.st_mode, seen.st_uid);
+    }
+    for (const bpf_attach_type hook : hooks)
+      text += fmt::format("at {}: {}\n", static_cast<int>(hook), fmt::join(programs_at(cgroup(), hook), " "));
+    const BpfObjects objects = objects_of(cgroup());
+    text += fmt::format("maps {}\nlinks {}\n", fmt::join(objects.maps, " "), fmt::join(objects.links, " "));
+    for (const char* family : {"-4", "-6"}) text += run({"ip", family, "route", "show", "table", "all"}).out;
+    return text;
+  }
+
+  static constexpr bpf_attach_type hooks[] = {
+      BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT,     BPF_CGROUP_UDP4_SENDMSG,
+      BPF_CGROUP_UDP6_SENDMSG,  BPF_CGROUP_UDP4_RECVMSG,      BPF_CGROUP_UDP6_RECVMSG,
+      BPF_CGROUP_SOCK_OPS,      BPF_CGROUP_INET4_GETPEERNAME, BPF_CGROUP_INET6_GETPEERNAME};
+
+  const NamedServer one_{"one"}, two_{"two"};
+  std::shared_ptr<const FallbackProxy::Files> files_;  // of what is loaded before
+  std::shared_ptr<const FallbackProxy::Files> other_;  // another backend of the same VIP, and one more service
 
   void SetUp() override {
     Running::SetUp();
@@ -139,6 +166,9 @@ class Privileges : public Running {
     Userspace local;
     local.local_vips = true;
     files_ = files(proxy_toml({web({backend(one_)})}, local));
+    // It asks for a hook that the other one does without.
+    const Service more{"more", "10.96.0.2", vip_port, {backend(two_)}, "refuse", "policy = \"least_conn\"\n"};
+    other_ = files(proxy_toml({web({backend(two_)}), more}, local));
   }
 };
 
@@ -155,24 +185,49 @@ TEST_F(Privileges, EachCommandRunsWithWhatTheDocumentNames) {
   }
 }
 
+/// How a command fails that can do nothing without what it lacks.
+void expect_refused(const Command& command, const Finished& finished) {
+  EXPECT_EQ(finished.exit_code, cannot) << finished.err;
+  for (const unsigned capability : command.needs) EXPECT_THAT(finished.err, HasSubstr(name_of(capability)));
+  EXPECT_EQ(std::ranges::count(finished.err, '\n'), 1) << finished.err;
+  EXPECT_EQ(finished.out, "");
+}
+
 TEST_F(Privileges, EachCommandNamesWhatItMissesAndChangesNothing) {
   for (const Command& command : commands) {
     for (const unsigned missing : command.needs) {
       SCOPED_TRACE(command.shown + " without " + name_of(missing));
       prepare(command);
+      const std::string before = state();
       std::vector<unsigned> kept = command.needs;
       std::erase(kept, missing);
       const Finished finished = run_with(command, kept);
-      EXPECT_THAT(finished.err, HasSubstr(name_of(missing)));
+      EXPECT_EQ(state(), before);
       if (command.without == serves_less) {
         EXPECT_EQ(finished.exit_code, fine) << finished.err;
-        EXPECT_THAT(finished.err, HasSubstr("serving 0 of 1 service"));
+        EXPECT_THAT(finished.err, HasSubstr(name_of(missing)));
+        EXPECT_THAT(finished.err, HasSubstr("serving 0 of 2 services"));
         continue;
       }
-      EXPECT_EQ(finished.exit_code, cannot) << finished.err;
-      EXPECT_EQ(std::ranges::count(finished.err, '\n'), 1) << finished.err;
-      EXPECT_EQ(finished.out, "");
-      EXPECT_EQ(ask(fast_vip, vip_port), command.is_loaded ? answered_by("one") : refused_with(ENETUNREACH));
+      expect_refused(command, finished);
+      EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
+    }
+  }
+}
+
+TEST_F(Privileges, FirstLoadThatMissesOneLeavesNothing) {
+  const std::string before = state();
+  ASSERT_THAT(before, testing::Not(HasSubstr(pin())));
+  for (const Command& command : commands) {
+    if (std::ranges::find(command.words, "FILE") == command.words.end() || command.without != exit_4) continue;
+    for (const unsigned missing : command.needs) {
+      SCOPED_TRACE(command.shown + " without " + name_of(missing));
+      std::vector<unsigned> kept = command.needs;
+      std::erase(kept, missing);
+      expect_refused(command, run_with(command, kept));
+      EXPECT_EQ(state(), before);
+      EXPECT_FALSE(std::filesystem::exists(other_->control()));
+      EXPECT_EQ(ask(fast_vip, vip_port), refused_with(ENETUNREACH));
     }
   }
 }
@@ -201,6 +256,40 @@ TEST_F(Privileges, WhatAKilledProxyHasLeftIsRemovedWithOneCapability) {
   EXPECT_THAT(routes(), HasSubstr(fast_vip));
   EXPECT_EQ(run_with(cleanup, {CAP_NET_ADMIN}).exit_code, fine);
   EXPECT_EQ(routes(), "");
+}
+
+/// The values of a key of the unit, each line's by themselves.
+std::vector<std::string> unit(const std::string& key) {
+  const std::string text = read_text(CLUSTERIP_SOURCE_DIR "/systemd/clusterip.service");
+  const std::regex line("(?:^|\n)" + key + "=([^\n]*)");
+  std::vector<std::string> values;
+  for (std::sregex_iterator found(text.begin(), text.end(), line), end; found != end; ++found)
+    values.push_back((*found)[1]);
+  return values;
+}
+
+TEST(PrivilegesTable, UnitHasWhatTheDocumentSays) {
+  const std::string document = read_text(CLUSTERIP_SOURCE_DIR "/docs/security.md");
+  std::smatch sentence;
+  ASSERT_TRUE(std::regex_search(
+      document, sentence,
+      std::regex(R"(\[clusterip\.service\]\(\.\./systemd/clusterip\.service\) has ([^]*?), a filter of system\scalls,)"
+                 R"( and a read-only view of the machine but for pins, cgroups and its runtime directory\.)")));
+  const std::string given = sentence[1];
+  const std::regex capability("CAP_\\w+");
+  std::string capabilities;
+  for (std::sregex_iterator found(given.begin(), given.end(), capability), end; found != end; ++found)
+    capabilities += (capabilities.empty() ? "" : " ") + found->str();
+  EXPECT_THAT(unit("CapabilityBoundingSet"), ElementsAre(capabilities));
+  EXPECT_THAT(unit("AmbientCapabilities"), ElementsAre());
+  EXPECT_THAT(unit("User"), ElementsAre()) << "root without all others";
+  EXPECT_THAT(unit("NoNewPrivileges"), ElementsAre("yes"));
+  EXPECT_THAT(unit("SystemCallFilter"), ElementsAre("@system-service", "~@privileged @resources @keyring @aio", "bpf"));
+  EXPECT_THAT(unit("ProtectSystem"), ElementsAre("strict"));
+  EXPECT_THAT(unit("ReadWritePaths"), ElementsAre("/sys/fs/bpf", "/sys/fs/cgroup"));
+  EXPECT_THAT(unit("RuntimeDirectory"), ElementsAre("clusterip"));
+  for (const char* directory : {"StateDirectory", "CacheDirectory", "LogsDirectory", "BindPaths"})
+    EXPECT_THAT(unit(directory), ElementsAre()) << directory;
 }
 
 TEST(PrivilegesTable, IsWhatTheDocumentShows) {
