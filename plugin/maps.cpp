@@ -145,8 +145,7 @@ Result<MappedArray> MappedArray::map(int fd, std::size_t bytes) {
   if (address == MAP_FAILED) {
     return fail_errno(errno, "mapping a BPF array into memory");
   }
-  // A handle does not survive fork: no child of the host, perhaps with less privileges, can write what the kernel
-  // reads.
+  // A handle does not survive fork: no stray write of a child of the host reaches what the kernel reads.
   madvise(address, bytes, MADV_DONTFORK);
   MappedArray array;
   array.address_ = address;

@@ -39,7 +39,7 @@ TEST_F(RunReload, TellsWhatChanges) {
   service.files()->write(toml({web({backend(two_, 7)}, "policy = \"round_robin\"\n")}));
   service.signal(SIGHUP);
   EXPECT_THAT(service.wait_for_log("reloaded: "),
-              HasSubstr(fmt::format("1 changed (web: 127.0.0.1:{} weight 1 -> 7)", two_.port())));
+              HasSubstr(fmt::format("1 service changed (web: 127.0.0.1:{} weight 1 -> 7)", two_.port())));
 }
 
 TEST_F(RunReload, MistakeChangesNothingOnEitherEngine) {
