@@ -38,14 +38,19 @@ void affinity_keeps_until_the_backend_leaves(Stage& stage);
 void affinity_expires(Stage& stage);
 void ejected_backend_is_skipped(Stage& stage);
 void ejected_backend_is_tried_again(Stage& stage);
+void ejected_again_for_twice_as_long(Stage& stage);
 void health_takes_the_dead_out(Stage& stage);
-void all_down_is_refused_or_tried(Stage& stage);
+void all_down_is_refused(Stage& stage);
+void panic_tries_what_is_down(Stage& stage);
 void dead_backend(Stage& stage);
 void all_backends_dead(Stage& stage);
 void client_is_whom(Stage& stage);
+void client_is_a_namespace(Stage& stage);
 
 // datagram_rows.cpp
 void answer_comes_from_the_vip(Stage& stage);
+void answer_comes_from_the_vip_over_ipv6(Stage& stage);
+void answer_comes_from_the_mapped_vip(Stage& stage);
 void datagrams_of_a_socket_go_to_one_backend(Stage& stage);
 void unconnected_socket_is_given_another_backend(Stage& stage);
 void datagram_without_backend(Stage& stage);

@@ -45,6 +45,15 @@ class Wire {
   Fd fd_;
 };
 
+/// Of a connect that is refused at once, the other host hears nothing.
+void expect_refused_without_a_packet(const Stage& stage, const Wire& wire, std::uint16_t refused_port) {
+  wire.heard();
+  EXPECT_EQ(ask(vip, refused_port), stage.refused(ECONNREFUSED));
+  EXPECT_EQ(wire.heard(), 0);
+  dial_errno(OtherHost::v4, port);
+  EXPECT_GT(wire.heard(), 0) << "what does leave is heard";
+}
+
 /// A connection through the VIP, and the backend's end of it.
 struct Pair {
   Fd client;
@@ -93,11 +102,7 @@ void no_backend_is_refused(Stage& stage) {
   const OtherHost host;
   const Wire wire;
   stage.serve({web({})});
-  wire.heard();
-  EXPECT_EQ(ask(vip, port), stage.refused(ECONNREFUSED));
-  EXPECT_EQ(wire.heard(), 0);
-  dial_errno(OtherHost::v4, port);
-  EXPECT_GT(wire.heard(), 0) << "what does leave is heard";
+  expect_refused_without_a_packet(stage, wire, port);
 }
 
 void unserved_port_is_refused(Stage& stage) {
@@ -105,9 +110,7 @@ void unserved_port_is_refused(Stage& stage) {
   const Wire wire;
   const NamedServer one("one");
   stage.serve({web({backend(one)})});
-  wire.heard();
-  EXPECT_EQ(ask(vip, port + 1), stage.refused(ECONNREFUSED));
-  EXPECT_EQ(wire.heard(), 0);
+  expect_refused_without_a_packet(stage, wire, port + 1);
 }
 
 void other_address_is_untouched(Stage& stage) {

@@ -16,21 +16,38 @@ Service names(std::vector<Backend> backends, const std::string& more = {}) {
   return {"names", vip, port, std::move(backends), "refuse", "protocol = \"udp\"\n" + more};
 }
 
+/// From a backend "one", to a socket that is bound there, connected or not.
+void expect_answers(const std::string& from, const std::string& address, const std::string& peer) {
+  const UdpSocket unconnected(from);
+  EXPECT_EQ(ask(unconnected, address, port).name, "one");  // which compares where it comes from
+  const UdpSocket connected(from);
+  connected.connect(address, port);
+  EXPECT_EQ(peer_of(connected.get()), peer);
+  connected.send("?");
+  const Datagram answer = connected.receive();
+  EXPECT_EQ(answer.bytes.substr(0, 4), "one ");
+  EXPECT_EQ(answer.address, address);
+  EXPECT_EQ(answer.port, port);
+}
+
 }  // namespace
 
 void answer_comes_from_the_vip(Stage& stage) {
   const UdpServer one("one");
   stage.serve({names({one.backend()})});
-  const UdpSocket unconnected;
-  EXPECT_EQ(ask(unconnected, vip, port).name, "one");  // which compares where it comes from
-  const UdpSocket connected;
-  connected.connect(vip, port);
-  EXPECT_EQ(peer_of(connected.get()), "10.96.0.1:80");
-  connected.send("?");
-  const Datagram answer = connected.receive();
-  EXPECT_EQ(answer.bytes.substr(0, 4), "one ");
-  EXPECT_EQ(answer.address, vip);
-  EXPECT_EQ(answer.port, port);
+  expect_answers("127.0.0.1", vip, "10.96.0.1:80");
+}
+
+void answer_comes_from_the_vip_over_ipv6(Stage& stage) {
+  const UdpServer one("one", "::1");
+  stage.serve({{"names", vip6, port, {one.backend()}, "refuse", "protocol = \"udp\"\n"}});
+  expect_answers("::1", vip6, "[fd00:96::1]:80");
+}
+
+void answer_comes_from_the_mapped_vip(Stage& stage) {
+  const UdpServer one("one");
+  stage.serve({names({one.backend()})});
+  expect_answers("::", "::ffff:10.96.0.1", "[::ffff:10.96.0.1]:80");
 }
 
 void datagrams_of_a_socket_go_to_one_backend(Stage& stage) {
