@@ -80,7 +80,10 @@ config::Result<void> ControlClient::receive_more() {
   message.msg_iovlen = 1;
   message.msg_control = control;
   message.msg_controllen = sizeof control;
-  const ssize_t size = ::recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC);
+  ssize_t size = -1;
+  do {
+    size = ::recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC);
+  } while (size < 0 && errno == EINTR);  // a process that takes over acts on a signal when it has
   if (size < 0 && errno == EAGAIN) return config::fail(-ETIMEDOUT, who() + " does not answer");
   if (size < 0 && errno != ECONNRESET) return config::fail_errno(errno, "reading from " + who());
   if (size <= 0) return config::fail(-EPIPE, who() + " has closed the connection");
