@@ -252,7 +252,7 @@ TEST_F(TortureProcesses, LoadThatIsKilledAtAnyMomentIsRepairedAndNoConnectFails)
   std::array<int, 2> keys{};
   Kills kills;
   for (int turn = 0; turn < times(2); ++turn) {
-    for (const std::size_t which : {1, 0}) {
+    for (const std::size_t which : {std::size_t{1}, std::size_t{0}}) {
       run(unload());
       takes[which] = time_of(load(files[which]));
       keys[which] = pinned_keys();
@@ -372,9 +372,8 @@ TEST_F(TortureProcesses, ServiceThatIsKilledWhileItBeginsOrReloadsLeavesTheFastP
   kills.tell();
 }
 
-// No connect fails as long as the old process has not said that it is replaced, whatever becomes of the new one. What
-// it has handed over dies with the new one; and when the old one is killed, what it carries and what it had not handed
-// over.
+// As long as the old process has not said that it is replaced, no connect is refused, whatever becomes of the new one.
+// What a process has accepted dies with it, what was handed over with the new one, what was not yet with the old one.
 TEST_F(TortureProcesses, ProxyThatIsKilledInAHandOverLeavesOneThatServesOrRoomForTheNext) {
   const auto made = std::make_shared<FallbackProxy::Files>();
   Userspace settings;
@@ -414,7 +413,10 @@ TEST_F(TortureProcesses, ProxyThatIsKilledInAHandOverLeavesOneThatServesOrRoomFo
       if (ended.err.contains("replaced; ")) continue;
       ++serving_on;
       EXPECT_EQ(answer, answered_by("one"));
-      expect_only(answers, {"one"});
+      std::uint64_t count = 0;
+      for (const auto& [each, times] : answers) count += times;
+      expect_only(answers, {"one", "", "ECONNRESET"});
+      EXPECT_LE(count - answers.at("one"), 1u) << "one at a time is on its way";
     } else {
       // The new one has what was handed to it, or begins anew.
       Process next(successor);
@@ -424,7 +426,8 @@ TEST_F(TortureProcesses, ProxyThatIsKilledInAHandOverLeavesOneThatServesOrRoomFo
         next.wait_for_error("serving ");
         EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
         ::kill(next.pid(), SIGTERM);
-        EXPECT_EQ(next.wait().exit_code, fine);
+        const Finished ended = next.wait();
+        EXPECT_EQ(ended.exit_code, fine) << ended.err;
       } catch (const std::runtime_error&) {
         EXPECT_EQ(next.wait().exit_code, failed) << "it was not told what it needs";
       }
@@ -506,7 +509,7 @@ TEST_F(TortureProcesses, NoConnectFailsInAStormOfReloadsOfTheUserspaceEngine) {
   RunningService service(files(text(0)));
   Asker first(staying, vip_port), second(moving, vip_port), third(moving6, vip_port);
   DatagramAsker fourth(ask, staying, 53), fifth(ask_until_answered, moving, 53);
-  const int turns = times(60);
+  const int turns = times(40);
   for (int turn = 1; turn <= turns; ++turn) {
     const std::string log = service.reload(text(turn));
     EXPECT_THAT(log, testing::Not(HasSubstr("goes on serving"))) << log;
