@@ -541,7 +541,7 @@ TEST_F(TortureProcesses, SignalsUntilTheVeryEndChangeNoExitCode) {
 }
 
 TEST_F(TortureProcesses, EightThreadsOpenAndCloseThePlugin) {
-  constexpr int threads = 8;
+  constexpr std::size_t threads = 8;
   const std::string text = toml({web({backend(one_)})}, {16, 16});
   const std::vector<Cgroup> cgroups(threads);
   unload_plugin();
@@ -561,7 +561,7 @@ TEST_F(TortureProcesses, EightThreadsOpenAndCloseThePlugin) {
   const std::size_t files = open_files();
   std::array<std::string, threads> complaints;
   std::vector<std::thread> running;
-  for (int i = 0; i < threads; ++i) {
+  for (std::size_t i = 0; i < threads; ++i) {
     running.emplace_back([&, i] {
       try {
         for (int round = 0; round < times(6); ++round) cycle(cgroups[i]);
