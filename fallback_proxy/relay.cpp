@@ -276,6 +276,7 @@ void Relay::pump(Side from) {
       case Flushed::blocked:
         return wait_to_write(other(from));
       case Flushed::broken:
+        if (is_shortage(errno)) return reset();  // ours: the other side is as it was, and would wait for more for ever
         return writing_failed(from);
       case Flushed::all:
         break;
@@ -407,7 +408,10 @@ Relay::Flushed Relay::flush_pipe(Side from) {
       progress();
     } else if (sent < 0 && would_block(errno)) {
       return Flushed::blocked;
-    } else if (sent == 0 || errno != EINTR) {
+    } else if (sent == 0) {
+      errno = EPIPE;
+      return Flushed::broken;
+    } else if (errno != EINTR) {
       return Flushed::broken;
     }
   }
