@@ -7,6 +7,7 @@
 #include <sys/socket.h>
 
 #include <cerrno>
+#include <system_error>
 #include <utility>
 
 #include "config/fd.h"
@@ -22,7 +23,10 @@ AddressWatch::AddressWatch(boost::asio::io_context& io, std::function<void()> ch
   address.nl_family = AF_NETLINK;
   address.nl_groups = RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE;
   if (!socket || ::bind(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) return;
-  socket_.assign(socket.release());
+  boost::system::error_code error;
+  socket_.assign(socket.get(), error);
+  if (error) throw std::system_error(error.value(), std::generic_category(), "watching this machine's addresses");
+  socket.release();
   wait();
 }
 
