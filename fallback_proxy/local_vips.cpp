@@ -264,7 +264,10 @@ Result<LocalVips> LocalVips::open() {
 Result<std::vector<VipFailure>> LocalVips::reconcile(std::span<const Address> wanted, std::span<const Address> kept) {
   for (int attempt = 1;; ++attempt) {
     auto failures = try_reconcile(wanted, kept);
-    if (failures || failures.error().code != -ENOBUFS || attempt == attempts) return failures;
+    if (failures || attempt == attempts) return failures;
+    // A dump that was given up goes on when its socket is read, and the kernel begins no other there before its end.
+    if (failures.error().code == -EBUSY) continue;
+    if (failures.error().code != -ENOBUFS) return failures;
     // Answers were lost, since somebody has made receive buffers small. The next look shows what has been done, and one
     // answer always finds room.
     batch_ = std::max(batch_ / 2, std::size_t{1});
