@@ -4,9 +4,9 @@
  *
  *   CLUSTERIP_FAULT="CALL COMMAND NTH ERRNO FILE"
  *
- * The NTH time (from 1) that CALL is made (with COMMAND as its first argument, unless that is -1) it fails with ERRNO, once.
- * Then FILE gets a byte, so that whoever counts knows when there is no NTH time. With 0 for NTH nothing fails, and FILE gets
- * a byte each time. CALL is a name below.
+ * The NTH time (from 1) that CALL is made (with COMMAND as its first argument, unless that is -1) it fails with ERRNO, once;
+ * with -NTH, from that time on. Then FILE gets a byte, so that whoever counts knows when there is no NTH time. With 0 for NTH
+ * nothing fails, and FILE gets a byte each time. CALL is a name below.
  *
  *   CLUSTERIP_FAULT_WHEN="FILE": only what is called while FILE exists is counted.
  *
@@ -79,7 +79,8 @@ static int fails(const char *call, long command)
 		return 0;
 	if (fault.when[0] && access(fault.when, F_OK) != 0)
 		return 0;
-	if (atomic_fetch_add(calls, 1) + 1 != fault.nth && fault.nth != 0)
+	long nth = atomic_fetch_add(calls, 1) + 1;
+	if (fault.nth > 0 ? nth != fault.nth : nth < -fault.nth)
 		return 0;
 	mark(fault.file);
 	errno = fault.error;
@@ -136,6 +137,33 @@ ssize_t sendto(int fd, const void *bytes, size_t length, int flags, const struct
 	if (to && to->sa_family == AF_NETLINK && fails("netlink", -1))
 		return -1;
 	return REAL(sendto)(fd, bytes, length, flags, to, to_length);
+}
+
+/* Asio receives by the same functions. */
+static int is_netlink(int fd)
+{
+	int domain = 0;
+	socklen_t length = sizeof domain;
+
+	return getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) == 0 && domain == AF_NETLINK;
+}
+
+ssize_t recvmsg(int fd, struct msghdr *message, int flags)
+{
+	if (!is_netlink(fd))
+		return REAL(recvmsg)(fd, message, flags);
+	if (fails("netlink-receive", -1))
+		return -1;
+	ssize_t size = REAL(recvmsg)(fd, message, flags);
+	if (size >= 0 && fails("netlink-cut", -1))
+		message->msg_flags |= MSG_TRUNC;
+	return size;
+}
+
+ssize_t recv(int fd, void *bytes, size_t length, int flags)
+{
+	/* Not the one that empties a queue, whose end is the only error that it expects. */
+	return is_netlink(fd) && !(flags & MSG_DONTWAIT) && fails("netlink-news", -1) ? -1 : REAL(recv)(fd, bytes, length, flags);
 }
 
 int mkdir(const char *path, mode_t mode)
