@@ -762,7 +762,11 @@ Result<Resolution> BpfEngine::resolve(const config::Address& vip, std::uint16_t 
     std::optional<std::uint32_t> record;
     bool is_its_own = false;
     for (int looked = 0; looked < lookups && !is_its_own; ++looked) {
-      record = maps.find_key(key);
+      const auto found_key = maps.find_key(key);
+      if (!found_key) {
+        return std::unexpected(found_key.error());
+      }
+      record = *found_key;
       is_its_own = !record || (*record < services.size() && has_key(services[*record], key));
     }
     if (!is_its_own) {
@@ -772,7 +776,11 @@ Result<Resolution> BpfEngine::resolve(const config::Address& vip, std::uint16_t 
         record ? std::atomic_ref(services[*record].word).load(std::memory_order_acquire) : std::uint64_t{0};
     if (word == 0) {
       const bool route_only = port == 0 && protocol == config::Protocol::udp;
-      resolution.verdict = !route_only && maps.find_key(marker_of(key)) ? Verdict::no_service : Verdict::pass;
+      const auto marker = maps.find_key(marker_of(key));
+      if (!marker) {
+        return std::unexpected(marker.error());
+      }
+      resolution.verdict = !route_only && *marker ? Verdict::no_service : Verdict::pass;
       return {};
     }
     const auto found = find_block(word, maps.slots());

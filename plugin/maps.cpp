@@ -402,12 +402,15 @@ Result<void> Maps::erase_key(const Key& key) const {
   return {};
 }
 
-std::optional<std::uint32_t> Maps::find_key(const Key& key) const {
+Result<std::optional<std::uint32_t>> Maps::find_key(const Key& key) const {
   std::uint32_t value = 0;
-  if (bpf_map_lookup_elem(fds_[service_map].get(), &key, &value) != 0) {
-    return std::nullopt;
+  if (bpf_map_lookup_elem(fds_[service_map].get(), &key, &value) == 0) {
+    return value;
   }
-  return value;
+  if (errno != ENOENT) {
+    return fail_errno(errno, "reading Service_Map");
+  }
+  return std::nullopt;
 }
 
 Result<std::vector<Key>> Maps::all_keys() const {

@@ -115,7 +115,7 @@ class Maps {
   /// Service_Map. Inserting is all or nothing; -ENOSPC when the map is full.
   Result<void> insert_keys(std::span<const Key> keys, std::span<const std::uint32_t> values) const;
   Result<void> erase_key(const Key& key) const;
-  std::optional<std::uint32_t> find_key(const Key& key) const;
+  Result<std::optional<std::uint32_t>> find_key(const Key& key) const;
   Result<std::vector<Key>> all_keys() const;
 
  private:

@@ -127,8 +127,10 @@ bool is_name(const service_record& record, const std::string& name) {
   return record.name[sizeof record.name - 1] == '\0' && (config::parse_name(name) || name == CANARY_NAME);
 }
 
-/// Marks what belongs to a service as taken, or says what of it no publisher has written.
-const char* claim(const Maps& maps, const PublishedService& published, Taken& taken) {
+/// Marks what belongs to a service as taken, or says what of it no publisher has written. `leads_to`: what its key
+/// does.
+const char* claim(const Maps& maps, const PublishedService& published, std::optional<std::uint32_t> leads_to,
+                  Taken& taken) {
   const auto& [service, record, block, indices, intact] = published;
   const block_header& header = maps.slots()[block.header].header;
   if (!taken.blocks.take_at(block.header, block.size()) || header.record != record || header.policy > POLICY_MAGLEV ||
@@ -137,7 +139,7 @@ const char* claim(const Maps& maps, const PublishedService& published, Taken& ta
   }
   const Key key = encode_key(service);
   const bool is_service = service.port != 0 && (key.protocol == IPPROTO_TCP || key.protocol == IPPROTO_UDP);
-  if (!is_service || !has_key(maps.records()[record], key) || maps.find_key(key) != record) {
+  if (!is_service || !has_key(maps.records()[record], key) || leads_to != record) {
     return "the key";
   }
   if (!is_name(maps.records()[record], service.name)) {
@@ -310,7 +312,11 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
   auto services = read_once(maps);
   for (auto& published : services) {
     const auto& [service, record, block, indices, intact] = published;
-    if (const char* fault = claim(maps, published, taken); fault != nullptr) {
+    const auto leads_to = maps.find_key(encode_key(service));
+    if (!leads_to) {
+      return std::unexpected(leads_to.error());
+    }
+    if (const char* fault = claim(maps, published, *leads_to, taken); fault != nullptr) {
       return damaged(std::string(fault) + " of service \"" + config::printable(service.name) + "\"");
     }
     // A process that died before it had noted a new weight leaves such a service; the next load writes it again. So
@@ -325,7 +331,11 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
   std::vector<std::pair<Key, std::uint32_t>> unused;
   std::vector<Key> markers;
   for (const Key& key : *keys) {
-    const auto record = maps.find_key(key);
+    const auto found = maps.find_key(key);
+    if (!found) {
+      return std::unexpected(found.error());
+    }
+    const auto record = *found;
     if (is_marker(key)) {
       markers.push_back(key);
     } else if (!record || *record >= records.size()) {
@@ -383,7 +393,11 @@ Result<Publisher> Publisher::adopt(Maps& maps) {
   // A change that ended between a service's key and its marker.
   std::vector<Key> missing;
   for (const auto& [marker, count] : publisher.vips_) {
-    if (!maps.find_key(marker)) {
+    const auto found = maps.find_key(marker);
+    if (!found) {
+      return std::unexpected(found.error());
+    }
+    if (!*found) {
       missing.push_back(marker);
     }
   }

@@ -140,7 +140,7 @@ std::string text(const plugin::Key& key) { return {reinterpret_cast<const char*>
 std::map<std::string, std::uint32_t> keys_of(const plugin::Maps& maps) {
   std::map<std::string, std::uint32_t> keys;
   for (const plugin::Key& key : *maps.all_keys())
-    keys.emplace(text(key), plugin::is_marker(key) ? MARKER_RECORD : *maps.find_key(key));
+    keys.emplace(text(key), plugin::is_marker(key) ? MARKER_RECORD : maps.find_key(key)->value());
   return keys;
 }
 
