@@ -29,19 +29,24 @@ namespace {
 struct Report {
   int join_errno;      // of moving into the cgroup
   int loopback_errno;  // of connecting to the canary's backend itself
+  int socket_errno;    // of a socket that was not to be had: nothing is known
   bool done;
   CanaryResult seen;
 };
 
 /// Connects a UDP socket; 0 or the errno. EADDRNOTAVAIL when it worked, but the kernel chose another source than the
 /// loopback address: the connect went elsewhere.
-int connect_to(std::uint32_t host, std::uint16_t port) {
+int connect_to(std::uint32_t host, std::uint16_t port, Report& report) {
   sockaddr_in address{};
   address.sin_family = AF_INET;
   address.sin_port = htons(port);
   address.sin_addr.s_addr = htonl(host);
   const Fd fd(socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0));
-  if (!fd || connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
+  if (!fd) {
+    report.socket_errno = errno;
+    return errno;
+  }
+  if (connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
     return errno;
   }
   sockaddr_in local{};
@@ -76,9 +81,9 @@ bool is_refusal(int error) { return error == ECONNREFUSED || error == EPERM; }
   }
   // In a container it may not go there: the tree is read-only, or begins above its cgroup namespace. It stays where it
   // is: if that is below the cgroup, the same program runs there.
-  report.loopback_errno = connect_to(CANARY_BACKEND, CANARY_PORT);
-  report.seen.rewrite_errno = connect_to(CANARY_VIP, CANARY_PORT);
-  const int refused = connect_to(CANARY_VIP, CANARY_REFUSED_PORT);
+  report.loopback_errno = connect_to(CANARY_BACKEND, CANARY_PORT, report);
+  report.seen.rewrite_errno = connect_to(CANARY_VIP, CANARY_PORT, report);
+  const int refused = connect_to(CANARY_VIP, CANARY_REFUSED_PORT, report);
   // Without our program there is no route to the VIP, or there is one: neither is a refusal of ours.
   report.seen.refuse_errno = is_refusal(refused) ? refused : 0;
   report.done = true;
@@ -140,6 +145,9 @@ Result<CanaryResult> run_canary(const Cgroup& cgroup) {
   const bool is_proof = report->done && seen.rewrite_errno == 0 && seen.refuse_errno != 0;
   if (report->join_errno != 0 && !is_proof) {
     return fail_errno(report->join_errno, "moving the canary into the cgroup " + cgroup.path);
+  }
+  if (report->socket_errno != 0) {
+    return fail_errno(report->socket_errno, "a socket for the canary");
   }
   // Refused is reachable: 127.0.0.1 is a VIP itself, without a service at this port.
   if (report->loopback_errno != 0 && !is_refusal(report->loopback_errno)) {
