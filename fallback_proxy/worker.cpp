@@ -71,7 +71,11 @@ Worker::Worker(const WorkerSettings& settings, Admission& admission)
   sigset_t before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  thread_ = std::thread([this] { io_.run(); });
+  try {
+    thread_ = std::thread([this] { io_.run(); });
+  } catch (const std::system_error& error) {
+    throw std::system_error(error.code(), "starting a thread (not enough memory, or TasksMax=, ulimit -u)");
+  }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <exception>
 #include <iostream>
+#include <new>
 #include <optional>
 #include <string>
 #include <system_error>
@@ -169,6 +170,9 @@ int main(int argc, char** argv) {
     return userspace::fail(error, error.code().value());
   } catch (const std::system_error& error) {
     return userspace::fail(error, error.code().value());
+  } catch (const std::bad_alloc&) {
+    std::fputs("fallback_proxy: not enough memory\n", stderr);
+    return userspace::failed;
   } catch (const std::exception& error) {
     return userspace::fail(error, 0);
   }
