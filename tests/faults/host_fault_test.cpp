@@ -34,6 +34,28 @@ TEST_F(HostFault, BpfFilesystemThatIsUnmountedIsToldAndServesOn) {
   ASSERT_EQ(::mount("bpf", bpffs, "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700"), 0);
 }
 
+TEST_F(HostFault, ReloadThatMustPinWithoutTheBpfFilesystemIsToldAndTheOldServesOn) {
+  RunningService service(files(toml({web({backend(one_)})})));
+  auto services = more_services(300, backend(two_));  // than the maps have room for
+  services.push_back(web({backend(two_)}));
+  const std::string next = toml(services, {1024, 4096});
+  ASSERT_EQ(::umount2(bpffs, MNT_DETACH), 0);
+  const std::string told = service.reload(next);
+  EXPECT_THAT(told, testing::ContainsRegex(" error: .*" + pin() + ".*: the configuration that serves goes on serving"));
+  const auto of_the_canary = told.find(" error: the canary failed: ");  // it may have looked before
+  EXPECT_TRUE(told.find(" error: ") == told.rfind(" error: ") || told.find(" error: ") == of_the_canary) << told;
+  EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
+  EXPECT_EQ(ask("10.98.0.1", 80), refused_with(ENETUNREACH));
+  // Another one is not the one that it has pinned to.
+  ASSERT_EQ(::mount("bpf", bpffs, "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700"), 0);
+  EXPECT_THAT(service.reload(next), HasSubstr("restart this process: the configuration that serves goes on serving"));
+  EXPECT_EQ(ask(fast_vip, vip_port), answered_by("one"));
+  EXPECT_EQ(service.terminate().exit_code, fine);
+  const RunningService restarted(service.files());
+  EXPECT_EQ(ask(fast_vip, vip_port), answered_by("two"));
+  EXPECT_EQ(ask("10.98.0.1", 80), answered_by("two"));
+}
+
 TEST_F(HostFault, CgroupThatIsRemovedIsToldAndItsSuccessorServed) {
   const std::string below = cgroup().path() + "/below";
   std::filesystem::create_directory(below);
