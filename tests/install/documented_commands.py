@@ -360,6 +360,7 @@ PROSE = {
                                 f"bpftool cgroup show {CGROUPS}/other", holds=(r"\A(?!.*sock4_connect)",)),
     "bpftool cgroup tree": Run("loaded", holds=("sock4_connect",)),
     "bpftool link": Run("loaded", holds=("cgroup",)),
+    "bpftool map": Run("loaded", holds=("Service_Map",)),
     "bpftool map dump": Run("loaded", instead=f"bpftool map dump pinned {PIN}/Service_Map", holds=("key|5201",)),
     "cat /proc/PID/cgroup": Run("empty", instead="cat /proc/self/cgroup", holds=("^0::/trial$",)),
     "clusterip --help": Run("empty", holds=("Verbs:",)),
@@ -424,6 +425,7 @@ PROSE = {
     "rm -r /sys/fs/bpf/clusterip":
         Run("loaded", instead=f"rm -r {PIN} && bpftool cgroup tree {TRIAL}", holds=(r"\A(?!.*sock4_connect)",)),
     "ss -tlnp sport = :PORT": Run("proxy", instead="ss -tlnp sport = :5201", holds=("fallback_proxy",)),
+    "ss -xlp": Run("proxy", holds=("@clusterip/local_vips",)),
     "ss -xap 'src @clusterip/local_vips'": Run("proxy", holds=("fallback_proxy",)),
     "sudo build/ci/tests/torture/torture --publications 1000000":
         Elsewhere("a million takes minutes; ctest runs it with fewer", "tests/torture/CMakeLists.txt", "--publications"),
@@ -434,6 +436,7 @@ PROSE = {
         Run("proxy killed", instead="sudo fallback_proxy --cleanup" + ROUTES, holds=NO_ROUTES),
     "sudo tests/bench/compare/run": Elsewhere(BENCHMARK, "tests/bench/compare/compare_test.py", 'SHORT = ["--only", "connect", "--quick"'),
     "sysctl fs.epoll.max_user_watches": Run("empty", holds=(r"= \d+",)),
+    "sysctl fs.file-max": Run("empty", holds=(r"= \d+",)),
     "sysctl fs.inotify.max_user_instances": Run("empty", holds=(r"= \d+",)),
     "sysctl net.ipv4.ip_unprivileged_port_start": Run("empty", holds=(r"= \d+",)),
     "sysctl net.ipv6.conf.lo.disable_ipv6=0": Run("empty"),
