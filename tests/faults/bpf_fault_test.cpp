@@ -68,94 +68,96 @@ struct Row {
 
 std::ostream& operator<<(std::ostream& out, const Row& row) { return out << row.call; }
 
-const std::array rows{
-    Row{{"MapCreate", "bpf", BPF_MAP_CREATE, ENOMEM},
-        {.sometimes = upgrade | first | reload | beginning},
-        "(trying|creating) .*: Cannot allocate memory",
-        2},
-    Row{{"Lookup", "bpf", BPF_MAP_LOOKUP_ELEM, ENOMEM},
-        {.sometimes = upgrade | within | removal | look},
-        "reading .*(Meta|Service)_Map: Cannot allocate memory",
-        2},
-    Row{{"Update", "bpf", BPF_MAP_UPDATE_ELEM, ENOMEM},
-        {.told = upgrade | first | within | reload | beginning},
-        "loading the programs: Cannot allocate memory"},
-    Row{{"UpdateBatch", "bpf", BPF_MAP_UPDATE_BATCH, ENOMEM}, {.made_good = upgrade | reload}},
-    Row{{"UpdateBatchLasting", "bpf", BPF_MAP_UPDATE_BATCH, ENOMEM},
-        {.told = upgrade | within},
-        "inserting into Service_Map: Cannot allocate memory",
-        3,
-        true},
-    // Room that lacks within the maps is had in new ones; when those have none either, it is told.
-    Row{{"UpdateBatchFull", "bpf", BPF_MAP_UPDATE_BATCH, E2BIG},
-        {.told = reload, .made_good = within},
-        "inserting into Service_Map: No space left on device"},
-    Row{{"UpdateBatchFullLasting", "bpf", BPF_MAP_UPDATE_BATCH, E2BIG},
-        {.told = first | within},
-        "inserting into Service_Map: No space left on device",
-        3,
-        true},
-    Row{{"Delete", "bpf", BPF_MAP_DELETE_ELEM, ENOMEM}, {.made_good = within}},
-    Row{{"NextKey", "bpf", BPF_MAP_GET_NEXT_KEY, ENOMEM},
-        {.told = upgrade | within},
-        "listing Service_Map: Cannot allocate memory"},
-    Row{{"Freeze", "bpf", BPF_MAP_FREEZE, EBUSY},
-        {.told = upgrade | first},
-        "loading the programs: Device or resource busy"},
-    Row{{"BindMap", "bpf", BPF_PROG_BIND_MAP, ENOMEM}, {.made_good = upgrade | first}, "", 1},
-    Row{{"ProgLoad", "bpf", BPF_PROG_LOAD, ENOMEM},
-        {.sometimes = upgrade | first, .made_good = reload},
-        "trying .*: Cannot allocate memory",
-        2},
-    Row{{"ProgLoadLasting", "bpf", BPF_PROG_LOAD, ENOMEM},
-        {.told = reload},
-        "loading the programs: Cannot allocate memory",
-        1,
-        true},
-    Row{{"Pin", "bpf", BPF_OBJ_PIN, ENOSPC},
-        {.told = upgrade | first | reload | beginning},
-        "pinning /sys/fs/bpf/clusterip/next/.*: No space left on device"},
-    Row{{"Get", "bpf", BPF_OBJ_GET, EMFILE},
-        {.sometimes = upgrade | within | removal | look},
-        "opening /sys/fs/bpf/clusterip/.*: Too many open files"},
-    Row{{"Info", "bpf", BPF_OBJ_GET_INFO_BY_FD, EFAULT},
-        {.sometimes = upgrade | first | within | removal | look},
-        "(asking about|using|opening) .*: Bad address",
-        2},
-    Row{{"LinkCreate", "bpf", BPF_LINK_CREATE, EPERM},
-        {.sometimes = first, .made_good = upgrade | within},
-        "attaching sock.* to .*: Operation not permitted"},
-    Row{{"LinkUpdate", "bpf", BPF_LINK_UPDATE, ENOMEM},
-        {.told = upgrade | reload},
-        "exchanging sock.*: Cannot allocate memory"},
-    Row{{"LinkDetach", "bpf", BPF_LINK_DETACH, ENOMEM}, {.told = removal}, "detaching sock.*: Cannot allocate memory", 2},
-    Row{{"IterCreate", "bpf", BPF_ITER_CREATE, EMFILE}, {.made_good = within}},
-    Row{{"Btf", "bpf", BPF_BTF_LOAD, ENOMEM}, {.made_good = upgrade | first}, "", 1},
-    Row{{"ProgAttach", "bpf", BPF_PROG_ATTACH, ENOMEM}, {.made_good = upgrade_without_links}, "", 2},
-    Row{{"ProgDetach", "bpf", BPF_PROG_DETACH, ENOMEM},
-        {.told = removal_without_links},
-        "detaching sock.*: Cannot allocate memory",
-        2},
-    Row{{"Query", "bpf", BPF_PROG_QUERY, ENOMEM},
-        {.told = removal_without_links, .sometimes = upgrade_without_links},
-        "asking what is attached to .*: Cannot allocate memory",
-        2},
-    Row{{"Membarrier", "membarrier", -1, EPERM},
-        {.sometimes = upgrade | within, .made_good = first},
-        "membarrier, to wait for running programs: Operation not permitted"},
-    Row{{"Mkdir", "mkdir", -1, ENOSPC},
-        {.told = upgrade | first, .sometimes = beginning},
-        "creating /sys/fs/bpf/clusterip(/next)?: No space left on device"},
-    Row{{"Rename", "rename", -1, ENOSPC}, {.made_good = upgrade | first | reload}},
-    Row{{"Unlink", "unlink", -1, EPERM},
-        {.sometimes = removal},
-        "removing /sys/fs/bpf/clusterip/.*: Operation not permitted"},
-    Row{{"Rmdir", "rmdir", -1, EPERM},
-        {.sometimes = removal},
-        "removing /sys/fs/bpf/clusterip: Operation not permitted"},
-    Row{{"Socket", "socket", -1, EMFILE},
-        {.sometimes = upgrade | first},
-        "the canary failed: a socket for the canary: Too many open files"}};
+const std::array rows{Row{{"MapCreate", "bpf", BPF_MAP_CREATE, ENOMEM},
+                          {.sometimes = upgrade | first | reload | beginning},
+                          "(trying|creating) .*: Cannot allocate memory",
+                          2},
+                      Row{{"Lookup", "bpf", BPF_MAP_LOOKUP_ELEM, ENOMEM},
+                          {.sometimes = upgrade | within | removal | look},
+                          "reading .*(Meta|Service)_Map: Cannot allocate memory",
+                          2},
+                      Row{{"Update", "bpf", BPF_MAP_UPDATE_ELEM, ENOMEM},
+                          {.told = upgrade | first | within | reload | beginning},
+                          "loading the programs: Cannot allocate memory"},
+                      Row{{"UpdateBatch", "bpf", BPF_MAP_UPDATE_BATCH, ENOMEM}, {.made_good = upgrade | reload}},
+                      Row{{"UpdateBatchLasting", "bpf", BPF_MAP_UPDATE_BATCH, ENOMEM},
+                          {.told = upgrade | within},
+                          "inserting into Service_Map: Cannot allocate memory",
+                          3,
+                          true},
+                      // Room that lacks within the maps is had in new ones; when those have none either, it is told.
+                      Row{{"UpdateBatchFull", "bpf", BPF_MAP_UPDATE_BATCH, E2BIG},
+                          {.told = reload, .made_good = within},
+                          "inserting into Service_Map: No space left on device"},
+                      Row{{"UpdateBatchFullLasting", "bpf", BPF_MAP_UPDATE_BATCH, E2BIG},
+                          {.told = first | within},
+                          "inserting into Service_Map: No space left on device",
+                          3,
+                          true},
+                      Row{{"Delete", "bpf", BPF_MAP_DELETE_ELEM, ENOMEM}, {.made_good = within}},
+                      Row{{"NextKey", "bpf", BPF_MAP_GET_NEXT_KEY, ENOMEM},
+                          {.told = upgrade | within},
+                          "listing Service_Map: Cannot allocate memory"},
+                      Row{{"Freeze", "bpf", BPF_MAP_FREEZE, EBUSY},
+                          {.told = upgrade | first},
+                          "loading the programs: Device or resource busy"},
+                      Row{{"BindMap", "bpf", BPF_PROG_BIND_MAP, ENOMEM}, {.made_good = upgrade | first}, "", 1},
+                      Row{{"ProgLoad", "bpf", BPF_PROG_LOAD, ENOMEM},
+                          {.sometimes = upgrade | first, .made_good = reload},
+                          "trying .*: Cannot allocate memory",
+                          2},
+                      Row{{"ProgLoadLasting", "bpf", BPF_PROG_LOAD, ENOMEM},
+                          {.told = reload},
+                          "loading the programs: Cannot allocate memory",
+                          1,
+                          true},
+                      Row{{"Pin", "bpf", BPF_OBJ_PIN, ENOSPC},
+                          {.told = upgrade | first | reload | beginning},
+                          "pinning /sys/fs/bpf/clusterip/next/.*: No space left on device"},
+                      Row{{"Get", "bpf", BPF_OBJ_GET, EMFILE},
+                          {.sometimes = upgrade | within | removal | look},
+                          "opening /sys/fs/bpf/clusterip/.*: Too many open files"},
+                      Row{{"Info", "bpf", BPF_OBJ_GET_INFO_BY_FD, EFAULT},
+                          {.sometimes = upgrade | first | within | removal | look},
+                          "(asking about|using|opening) .*: Bad address",
+                          2},
+                      Row{{"LinkCreate", "bpf", BPF_LINK_CREATE, EPERM},
+                          {.sometimes = first, .made_good = upgrade | within},
+                          "attaching sock.* to .*: Operation not permitted"},
+                      Row{{"LinkUpdate", "bpf", BPF_LINK_UPDATE, ENOMEM},
+                          {.told = upgrade | reload},
+                          "exchanging sock.*: Cannot allocate memory"},
+                      Row{{"LinkDetach", "bpf", BPF_LINK_DETACH, ENOMEM},
+                          {.told = removal},
+                          "detaching sock.*: Cannot allocate memory",
+                          2},
+                      Row{{"IterCreate", "bpf", BPF_ITER_CREATE, EMFILE}, {.made_good = within}},
+                      Row{{"Btf", "bpf", BPF_BTF_LOAD, ENOMEM}, {.made_good = upgrade | first}, "", 1},
+                      Row{{"ProgAttach", "bpf", BPF_PROG_ATTACH, ENOMEM}, {.made_good = upgrade_without_links}, "", 2},
+                      Row{{"ProgDetach", "bpf", BPF_PROG_DETACH, ENOMEM},
+                          {.told = removal_without_links},
+                          "detaching sock.*: Cannot allocate memory",
+                          2},
+                      Row{{"Query", "bpf", BPF_PROG_QUERY, ENOMEM},
+                          {.told = removal_without_links, .sometimes = upgrade_without_links},
+                          "asking what is attached to .*: Cannot allocate memory",
+                          2},
+                      Row{{"Membarrier", "membarrier", -1, EPERM},
+                          {.sometimes = upgrade | within, .made_good = first},
+                          "membarrier, to wait for running programs: Operation not permitted"},
+                      Row{{"Mkdir", "mkdir", -1, ENOSPC},
+                          {.told = upgrade | first, .sometimes = beginning},
+                          "creating /sys/fs/bpf/clusterip(/next)?: No space left on device"},
+                      Row{{"Rename", "rename", -1, ENOSPC}, {.made_good = upgrade | first | reload}},
+                      Row{{"Unlink", "unlink", -1, EPERM},
+                          {.sometimes = removal},
+                          "removing /sys/fs/bpf/clusterip/.*: Operation not permitted"},
+                      Row{{"Rmdir", "rmdir", -1, EPERM},
+                          {.sometimes = removal},
+                          "removing /sys/fs/bpf/clusterip: Operation not permitted"},
+                      Row{{"Socket", "socket", -1, EMFILE},
+                          {.sometimes = upgrade | first},
+                          "the canary failed: a socket for the canary: Too many open files"}};
 
 std::vector<Row> rows_of(unsigned places) {
   std::vector<Row> chosen;
@@ -268,6 +270,18 @@ class BpfFault : public Running, public testing::WithParamInterface<Row> {
     EXPECT_THAT(finished.err, Not(HasSubstr("this kernel has no ")));
   }
 
+  /// What was short left nothing out: as many programs are attached as when nothing fails, which comes first.
+  void expect_all_hooks() {
+    std::size_t programs = 0;
+    for (const bpf_attach_type hook :
+         {BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
+          BPF_CGROUP_UDP4_RECVMSG, BPF_CGROUP_UDP6_RECVMSG, BPF_CGROUP_INET4_GETPEERNAME, BPF_CGROUP_INET6_GETPEERNAME,
+          BPF_CGROUP_INET_SOCK_RELEASE, BPF_CGROUP_SOCK_OPS})
+      programs += programs_at(cgroup(), hook).size();
+    if (hooks_ == 0) hooks_ = programs;
+    EXPECT_EQ(programs, hooks_);
+  }
+
   void expect_new() {
     EXPECT_EQ(connect4_programs(cgroup()).size(), 1U);
     EXPECT_EQ(ask("10.96.0.1", 80), answered_by("two"));
@@ -294,6 +308,7 @@ class BpfFault : public Running, public testing::WithParamInterface<Row> {
       expect_no_wrong_reason(finished);
       if (finished.exit_code == fine) {
         expect_new();
+        expect_all_hooks();
         return false;
       }
       expect_told(finished);
@@ -339,6 +354,7 @@ class BpfFault : public Running, public testing::WithParamInterface<Row> {
   const NamedServer one_{"one"};
   const NamedServer two_{"two"};
   int told_ = 0;
+  std::size_t hooks_ = 0;
 
   std::string before() const { return toml({{"web", "10.96.0.1", 80, {backend(one_)}}}); }
   /// With more hooks, and, with `many`, more services than the maps of `before` have room for.
@@ -349,6 +365,33 @@ class BpfFault : public Running, public testing::WithParamInterface<Row> {
     return toml(services, {1024, 4096});
   }
 };
+
+class Probe : public Running {};
+
+TEST_F(Probe, TakesNoShortageForWhatThisKernelLacks) {
+  const Call call{"ProgLoad", "bpf", BPF_PROG_LOAD, ENOMEM};
+  const auto probe = [](const Fault& fault) {
+    Process process({CLUSTERIP_COMMAND, "probe", "--json", "--plugin", CLUSTERIP_PLUGIN_PATH}, nullptr,
+                    [&] { fault.prepare(); });
+    return process.wait();
+  };
+  const Fault none = Fault::none(call);
+  const Finished all = probe(none);
+  ASSERT_EQ(all.exit_code, fine) << all.err;
+  int told = 0;
+  for (int nth = 1; nth <= none.counted(); ++nth) {
+    const Fault fault(call, nth);
+    const Finished seen = probe(fault);
+    EXPECT_TRUE(fault.was_injected()) << nth;
+    if (seen.exit_code == fine) {
+      EXPECT_EQ(seen.out, all.out) << nth << " of " << none.counted();
+    } else {
+      EXPECT_THAT(seen.err, testing::ContainsRegex("trying .*: Cannot allocate memory")) << nth;
+      ++told;
+    }
+  }
+  std::printf("%d of %d are told\n", told, none.counted());
+}
 
 class Upgrade : public BpfFault {};
 
@@ -368,6 +411,7 @@ TEST_P(FirstLoad, LeavesNothingBehind) {
     expect_no_wrong_reason(finished);
     if (finished.exit_code == fine) {
       expect_new();
+      expect_all_hooks();
       return false;
     }
     expect_told(finished);
