@@ -430,12 +430,22 @@ backend back
         self.answers_come_from("backend1", "backend2")
         self.assertEqual(stage.bpf_ids(master.pid), set())
         self.configure(services(backend3=1))
-        workers = stage.children(master.pid)
-        master.send_signal(signal.SIGUSR2)
-        wait_for("another worker alone", lambda: len(now := stage.children(master.pid)) == 1 and not now & workers)
+        self.replace_worker(master)
         self.answers_come_from("backend3")
         self.refused_reload_of_haproxy_itself(master)
         self.reload_with_another_plugin(master)
+
+    def replace_worker(self, master):
+        """By a signal, which the master took no notice of once, on a machine with four times as much to do as it has cores, when it
+        had refused a reload just before."""
+        workers = stage.children(master.pid)
+        for last in (False, False, True):
+            master.send_signal(signal.SIGUSR2)
+            try:
+                return wait_for("another worker alone", lambda: len(now := stage.children(master.pid)) == 1 and not now & workers)
+            except AssertionError:
+                if last:
+                    raise
 
     def refused_reload_of_haproxy_itself(self, master):
         """There can be no fast path: the old worker serves on."""
@@ -452,9 +462,7 @@ backend back
         shutil.copy(stage.PLUGIN, another)
         self.conf.write_text(self.conf.read_text().replace(str(stage.PLUGIN), str(another)))
         self.with_globals(f"setenv CLUSTERIP_CGROUP {self.cgroup.path}")  # without it, the master has yet what was refused
-        workers = stage.children(master.pid)
-        master.send_signal(signal.SIGUSR2)
-        wait_for("another worker alone", lambda: len(now := stage.children(master.pid)) == 1 and not now & workers)
+        self.replace_worker(master)
         (worker,) = stage.children(master.pid)
         self.answers_come_from("backend3")
         maps = pathlib.Path(f"/proc/{worker}/maps").read_text()
