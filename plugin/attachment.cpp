@@ -196,7 +196,9 @@ Result<void> Attachment::switch_to(const Cgroup& cgroup, const PerHook<Fd>& prog
     }
     fresh.emplace_back(info.hook, std::move(*copy));
   }
-  std::ranges::stable_partition(fresh, [](const auto& one) { return one.first == Hook::connect4; });
+  if (const auto first = std::ranges::find(fresh, Hook::connect4, &std::pair<Hook, Fd>::first); first != fresh.end()) {
+    std::rotate(fresh.begin(), first, first + 1);
+  }
   if (!is_attached()) {
     if (auto attached = attach(Hook::connect4); !attached) {
       return undo(attached.error());
