@@ -43,7 +43,7 @@ class Publisher {
   static Result<Publisher> create(Maps& maps, const Publisher* before);
   void settle();
 
-  /// For maps that another process has written and left. -EPROTO: what they hold is damaged.
+  /// For maps that another process has written and left. -EPROTO: what they hold is damaged, and stays as it is.
   static Result<Publisher> adopt(Maps& maps);
 
   /// Makes `services` what is published: all of them or, on failure, none. Moves from them on success; after a failure
