@@ -54,7 +54,7 @@ AddressWatch::News AddressWatch::read() {
       if (message->nlmsg_type == RTM_NEWADDR || message->nlmsg_type == RTM_DELADDR) news.has_changed = true;
       if (message->nlmsg_type != RTM_DELROUTE) continue;
       const auto* route = static_cast<const rtmsg*>(mnl_nlmsg_get_payload(message));
-      if (route->rtm_table == RT_TABLE_LOCAL && route->rtm_protocol == route_protocol) news.has_removed = true;
+      if (is_in_table_local(*route) && route->rtm_protocol == route_protocol) news.has_removed = true;
     }
   }
 }

@@ -223,6 +223,11 @@ std::string_view name_of_type(std::uint8_t type) {
 
 }  // namespace
 
+bool is_in_table_local(const rtmsg& route) {
+  if (route.rtm_table == RT_TABLE_LOCAL) return true;
+  return route.rtm_family == AF_INET6 && route.rtm_table == RT_TABLE_MAIN && route.rtm_type == RTN_LOCAL;
+}
+
 bool LocalVips::Route::is_address() const { return type == RTN_LOCAL && protocol == RTPROT_KERNEL; }
 
 void LocalVips::Close::operator()(mnl_socket* socket) const { mnl_socket_close(socket); }
@@ -391,7 +396,7 @@ Result<bool> LocalVips::try_read_routes(std::uint8_t family, std::vector<Route>&
         return complete;
       }
       const auto* header = static_cast<const rtmsg*>(mnl_nlmsg_get_payload(message));
-      if (message->nlmsg_type != RTM_NEWROUTE || header->rtm_family != family || header->rtm_table != RT_TABLE_LOCAL ||
+      if (message->nlmsg_type != RTM_NEWROUTE || header->rtm_family != family || !is_in_table_local(*header) ||
           (header->rtm_flags & RTM_F_CLONED) != 0)
         continue;
       const nlattr* destination = find_attribute(message, sizeof(rtmsg), RTA_DST);

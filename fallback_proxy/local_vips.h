@@ -25,12 +25,17 @@
 #include "config/result.h"
 
 struct mnl_socket;
+struct rtmsg;
 
 namespace userspace {
 
 /// The protocol of our routes (rtm_protocol in rtnetlink(7)). Neither in rt_protos of iproute2 nor among those of FRR
 /// (186 to 196); `ip route show table local proto 96` shows ours.
 inline constexpr std::uint8_t route_protocol = 96;
+
+/// Whether a route, as rtnetlink tells of it, is in table local. A kernel without CONFIG_IPV6_MULTIPLE_TABLES has one
+/// table for all of IPv6, and calls it main (RT6_TABLE_LOCAL in include/net/ip6_fib.h).
+bool is_in_table_local(const rtmsg& route);
 
 struct VipFailure {
   config::Address vip;
