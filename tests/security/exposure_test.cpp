@@ -280,16 +280,21 @@ TEST_F(Exposure, NothingListensButWhatTheFileNames) {
     all.insert(more.begin(), more.end());
     return all;
   };
+  // "serving" is in the log a moment before all of them are there; its status is answered after that.
+  const auto listeners_of = [](const FallbackProxy& service) {
+    status(*service.files());
+    return listeners();
+  };
   {
     RunningService service(files(text));
-    EXPECT_EQ(listeners(), expected(service));
+    EXPECT_EQ(listeners_of(service), expected(service));
   }
   {
     RunningService service(files("[metrics]\nlisten = \"127.0.0.1:9464\"\n" + text));
-    EXPECT_EQ(listeners(), expected(service, {"tcp 127.0.0.1:9464"}));
+    EXPECT_EQ(listeners_of(service), expected(service, {"tcp 127.0.0.1:9464"}));
   }
   RunningService service(files(proxy_toml({web({backend(one_)})}, {.local_vips = true})), {"--engine", "userspace"});
-  EXPECT_EQ(listeners(), expected(service, {"tcp 10.96.0.1:80"}));
+  EXPECT_EQ(listeners_of(service), expected(service, {"tcp 10.96.0.1:80"}));
 }
 
 TEST(ShippedFiles, MetricsAreOnLoopback) {
