@@ -13,6 +13,8 @@
 // opened it.
 #pragma once
 
+#include <linux/rtnetlink.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -25,7 +27,6 @@
 #include "config/result.h"
 
 struct mnl_socket;
-struct rtmsg;
 
 namespace userspace {
 
