@@ -34,7 +34,7 @@ class StoreWatch {
       std::istringstream(line) >> std::hex >> begin >> dash >> end >> rights;
       if (rights == "rw-s" && line.ends_with("anon_inode:bpf-map")) mappings_.push_back({begin, end});
     }
-    watch_ = this;
+    current = this;
     handle(SIGSEGV, on_store, before_store_);
     handle(SIGTRAP, behind_store, before_trap_);
     let_write(false);
@@ -43,7 +43,7 @@ class StoreWatch {
     let_write(true);
     ::sigaction(SIGSEGV, &before_store_, nullptr);
     ::sigaction(SIGTRAP, &before_trap_, nullptr);
-    watch_ = nullptr;
+    current = nullptr;
   }
   StoreWatch(const StoreWatch&) = delete;
   StoreWatch& operator=(const StoreWatch&) = delete;
@@ -77,22 +77,22 @@ class StoreWatch {
 
   static void on_store(int /*signal*/, siginfo_t* info, void* context) {
     const auto address = reinterpret_cast<std::uintptr_t>(info->si_addr);
-    if (std::ranges::none_of(watch_->mappings_,
+    if (std::ranges::none_of(current->mappings_,
                              [&](const Mapping& one) { return one.begin <= address && address < one.end; })) {
-      ::sigaction(SIGSEGV, &watch_->before_store_, nullptr);  // a mistake somewhere: it faults once more
+      ::sigaction(SIGSEGV, &current->before_store_, nullptr);  // a mistake somewhere: it faults once more
       return;
     }
-    watch_->let_write(true);
+    current->let_write(true);
     static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_EFL] |= trap_flag;
   }
   static void behind_store(int /*signal*/, siginfo_t* /*info*/, void* context) {
     static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_EFL] &= ~trap_flag;
-    watch_->let_write(false);
-    ++watch_->stores_;
-    watch_->look_();
+    current->let_write(false);
+    ++current->stores_;
+    current->look_();
   }
 
-  static inline StoreWatch* watch_ = nullptr;
+  static inline StoreWatch* current = nullptr;
 
   std::function<void()> look_;
   std::vector<Mapping> mappings_;
