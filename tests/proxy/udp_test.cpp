@@ -330,8 +330,9 @@ TEST_F(Udp, SurvivesWithoutDescriptors) {
 TEST_F(Udp, AFlowThatFindsNoRoomInEpollIsNoneAndTheEndComes) {
   const UdpServer one("one");
   FallbackProxy proxy(proxy_toml({udp({one.backend()})}), [] { forbid_watching_from(60); });
-  // Before the flows: afterwards there is no room for its socket either.
+  // Before the flows: afterwards there is no room for its socket either. What has been answered was accepted.
   ControlClient control = connect_to(*proxy.files());
+  ASSERT_TRUE(control.ask({{"request", "status"}}));
   std::deque<UdpSocket> clients;
   for (int i = 0; i < 60; ++i) clients.emplace_back().send_to(vip, port, "?");
   std::size_t refused = 0;
