@@ -105,8 +105,7 @@ Outcome resolve_pinned(const Plugin& plugin, clusterip* handle, const Endpoint& 
   return Exit::fine;
 }
 
-// --- what the userspace engine of a daemon carries
-// --------------------------------------------------------------------
+// --- what the userspace engine of a daemon carries -------------------------------------------------------------------
 
 /// The service of the userspace engine at what is asked for; null: none is there.
 const object* proxied_service(const object& status, const Endpoint& asked) {
@@ -120,7 +119,7 @@ const object* proxied_service(const object& status, const Endpoint& asked) {
   return nullptr;
 }
 
-void show_proxied(const Endpoint& asked, const object& service, bool is_json) {
+void show(const Endpoint& asked, const object& service, bool is_json) {
   const bool is_serving = service.at("serving").as_bool();
   const auto active = static_cast<std::uint64_t>(std::ranges::count_if(
       service.at("backends").as_array(),
@@ -146,6 +145,13 @@ void show_proxied(const Endpoint& asked, const object& service, bool is_json) {
              protocol_name(asked.protocol), run::text(service, "name"), met);
 }
 
+/// Whether the userspace engine carries it.
+bool show_proxied(const object& status, const Endpoint& asked, bool is_json) {
+  const object* service = proxied_service(status, asked);
+  if (service != nullptr) show(asked, *service, is_json);
+  return service != nullptr;
+}
+
 // ----------------------------------------------------------------------------------------------------------------------
 
 Outcome run(const Plugin& plugin, const Given& given) {
@@ -164,10 +170,9 @@ Outcome run(const Plugin& plugin, const Given& given) {
   if (*daemon) {
     const auto status = (*daemon)->ask({{"request", "status"}});
     if (!status) return std::unexpected(Failure{.message = status.error().message});
-    if (const object* service = proxied_service(*status, *asked)) {
-      show_proxied(*asked, *service, is_json);
-      return Exit::fine;
-    }
+    const auto is_shown = (*daemon)->understand([&] { return show_proxied(*status, *asked, is_json); });
+    if (!is_shown) return std::unexpected(Failure{.message = is_shown.error().message});
+    if (*is_shown) return Exit::fine;
     const auto* pin = status->if_contains("pin");
     if (pin == nullptr || !pin->is_string()) {
       const clusterip_resolution nothing{};

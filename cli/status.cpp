@@ -4,7 +4,6 @@
 #include <fmt/format.h>
 
 #include <boost/json.hpp>
-#include <boost/system/system_error.hpp>
 #include <string>
 #include <utility>
 
@@ -44,6 +43,18 @@ std::expected<object, Failure> look_at_pins(const Plugin& plugin, const Given& g
   return run::to_json(status);
 }
 
+Exit show(const object& status, bool is_json) {
+  if (is_json)
+    fmt::print("{}\n", boost::json::serialize(status));
+  else
+    fmt::print("{}", run::to_text(status, wants_colour(stdout)));
+  const auto* canary = status.if_contains("canary");
+  const bool has_failed = canary != nullptr && canary->is_object() && !canary->as_object().at("passed").as_bool();
+  const auto* cluster = status.if_contains("kubernetes");
+  const bool is_to_come = cluster != nullptr && cluster->is_object() && !cluster->as_object().at("complete").as_bool();
+  return has_failed || is_to_come ? Exit::failed : Exit::fine;
+}
+
 Outcome run(const Plugin& plugin, const Given& given) {
   const auto places = places_of(given);
   if (!places) return std::unexpected(places.error());
@@ -51,21 +62,12 @@ Outcome run(const Plugin& plugin, const Given& given) {
   if (!daemon) return std::unexpected(daemon.error());
   const auto status = *daemon ? ask_daemon(**daemon) : look_at_pins(plugin, given, *places);
   if (!status) return std::unexpected(status.error());
-  try {
-    if (given.options["json"].as<bool>())
-      fmt::print("{}\n", boost::json::serialize(*status));
-    else
-      fmt::print("{}", run::to_text(*status, wants_colour(stdout)));
-    const auto* canary = status->if_contains("canary");
-    const bool has_failed = canary != nullptr && canary->is_object() && !canary->as_object().at("passed").as_bool();
-    const auto* cluster = status->if_contains("kubernetes");
-    const bool is_to_come =
-        cluster != nullptr && cluster->is_object() && !cluster->as_object().at("complete").as_bool();
-    return has_failed || is_to_come ? Exit::failed : Exit::fine;
-  } catch (const boost::system::system_error& error) {
-    return std::unexpected(Failure{
-        .message = fmt::format("the daemon has answered what this version does not understand: {}", error.what())});
-  }
+  const bool is_json = given.options["json"].as<bool>();
+  const auto show_it = [&] { return show(*status, is_json); };
+  if (!*daemon) return show_it();
+  const auto shown = (*daemon)->understand(show_it);
+  if (!shown) return std::unexpected(Failure{.message = shown.error().message});
+  return *shown;
 }
 
 }  // namespace

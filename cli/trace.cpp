@@ -137,7 +137,9 @@ Outcome trace_daemon(userspace::ControlClient& client, const std::optional<std::
   if (service) {
     const auto status = client.ask({{"request", "status"}});
     if (!status) return std::unexpected(Failure{.message = status.error().message});
-    warn_of_service(*service, engine_in(*status, *service));
+    const auto engine = client.understand([&] { return engine_in(*status, *service); });
+    if (!engine) return std::unexpected(Failure{.message = engine.error().message});
+    warn_of_service(*service, *engine);
   }
   if (auto sent = client.send({{"request", "trace"}}); !sent)
     return std::unexpected(Failure{.message = sent.error().message});
@@ -148,7 +150,10 @@ Outcome trace_daemon(userspace::ControlClient& client, const std::optional<std::
       return std::unexpected(Failure{.exit = decision.error().code == -EREMOTEIO ? Exit::unsupported : Exit::failed,
                                      .message = decision.error().message});
     }
-    if (!is_first && !printer.print(*decision)) return Exit::fine;
+    if (is_first) continue;  // it says that the service traces
+    const auto goes_on = client.understand([&] { return printer.print(*decision); });
+    if (!goes_on) return std::unexpected(Failure{.message = goes_on.error().message});
+    if (!*goes_on) return Exit::fine;
   }
 }
 

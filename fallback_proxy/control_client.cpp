@@ -41,6 +41,11 @@ config::Result<std::optional<ControlClient>> ControlClient::connect(const std::s
 
 std::string ControlClient::who() const { return fmt::format("pid {}", pid_); }
 
+std::unexpected<config::Error> ControlClient::not_understood(const std::exception& error) const {
+  return config::fail(-EPROTO,
+                      fmt::format("{} has answered what this version does not understand: {}", who(), error.what()));
+}
+
 config::Result<void> ControlClient::send(const boost::json::object& request) {
   const std::string line = serialize(request) + "\n";
   if (::send(socket_.get(), line.data(), line.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(line.size())) return {};

@@ -4,9 +4,13 @@
 #include <sys/types.h>
 
 #include <boost/json/object.hpp>
+#include <boost/system/system_error.hpp>
 #include <deque>
+#include <exception>
 #include <optional>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "config/fail.h"
@@ -29,6 +33,11 @@ class ControlClient {
   config::Result<boost::json::object> receive();
   config::Result<boost::json::object> ask(const boost::json::object& request);
 
+  /// What `read` makes of what has been received. The other process may be of another version: where a key is not there
+  /// or a value is of another kind, Boost.JSON throws, and the error says so.
+  template <typename Read>
+  config::Result<std::invoke_result_t<Read>> understand(Read read) const;
+
   /// From now on, receive() waits for as long as it takes.
   void wait_for_ever();
 
@@ -43,11 +52,23 @@ class ControlClient {
   ControlClient(config::Fd socket, pid_t pid) : socket_(std::move(socket)), pid_(pid) {}
   config::Result<void> receive_more();
   std::string who() const;
+  std::unexpected<config::Error> not_understood(const std::exception& error) const;
 
   config::Fd socket_;
   pid_t pid_;
   std::string text_;  // received, and not yet returned
   std::deque<config::Fd> descriptors_;
 };
+
+template <typename Read>
+config::Result<std::invoke_result_t<Read>> ControlClient::understand(Read read) const {
+  try {
+    return read();
+  } catch (const boost::system::system_error& error) {
+    return not_understood(error);
+  } catch (const std::logic_error& error) {  // which of the two it is depends on Boost's version, too
+    return not_understood(error);
+  }
+}
 
 }  // namespace userspace

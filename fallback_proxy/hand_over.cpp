@@ -10,8 +10,6 @@
 #include <boost/json.hpp>
 #include <cerrno>
 #include <cstring>
-#include <exception>
-#include <stdexcept>
 
 #include "config/names.h"
 
@@ -148,17 +146,9 @@ ssize_t send_with_descriptors(int socket, std::string_view bytes, std::span<cons
 }
 
 config::Result<Inheritance> take_over(ControlClient& predecessor) {
-  const auto is_strange = [&](const std::exception& error) {
-    return config::fail(-EPROTO, fmt::format("pid {} hands over what this version does not understand: {}",
-                                             predecessor.pid(), error.what()));
-  };
-  try {
-    return receive_inheritance(predecessor);
-  } catch (const boost::system::system_error& error) {
-    return is_strange(error);
-  } catch (const std::out_of_range& error) {  // a key that is not there
-    return is_strange(error);
-  }
+  auto received = predecessor.understand([&] { return receive_inheritance(predecessor); });
+  if (!received) return std::unexpected(received.error());
+  return std::move(*received);
 }
 
 config::Result<bool> say_ready(ControlClient& predecessor) {

@@ -101,12 +101,7 @@ config::Result<std::string> show_status(const std::string& path, bool json) {
   if (!*client) return config::fail(-ECONNREFUSED, "no fallback_proxy listens at " + path);
   const auto status = (*client)->ask({{"request", "status"}});
   if (!status) return std::unexpected(status.error());
-  try {
-    return json ? serialize(*status) + "\n" : to_text(*status);
-  } catch (const boost::system::system_error& error) {
-    return config::fail(-EPROTO, fmt::format("pid {} has answered what this version does not understand: {}",
-                                             (*client)->pid(), error.what()));
-  }
+  return (*client)->understand([&] { return json ? serialize(*status) + "\n" : to_text(*status); });
 }
 
 }  // namespace run

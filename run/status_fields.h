@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
-// Reads what a running service has answered. Another version may have: what is missing throws
-// boost::system::system_error.
+// Reads what a running service has answered. Another version may have: what is missing or of another kind throws, see
+// userspace::ControlClient::understand().
 #pragma once
 
 #include <boost/json.hpp>

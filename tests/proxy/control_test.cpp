@@ -275,6 +275,51 @@ TEST_F(Control, NamesAllThatTheProgramDoesAndAnEmptyPath) {
   EXPECT_EQ(empty.err, "fallback_proxy: --config is empty: expected the path of a file\n");
 }
 
+/// A process of another version, in the test's own hands: what a command says that has been answered this.
+Finished answered(const std::vector<std::string>& command, int listener, std::string_view answer) {
+  Process asking(command);
+  const Fd connection(checked(::accept4(listener, nullptr, nullptr, SOCK_CLOEXEC), "accept4"));
+  checked(static_cast<int>(::send(connection.get(), answer.data(), answer.size(), MSG_NOSIGNAL)), "send");
+  return asking.wait();
+}
+
+TEST_F(Control, AnswersOfAnotherVersionAreNotUnderstood) {
+  const FallbackProxy::Files files;
+  const std::string control = files.control();
+  const Fd listener(checked(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket"));
+  const auto address = userspace::control_address(control);
+  checked(::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), "bind");
+  checked(::listen(listener.get(), 16), "listen");
+
+  const auto clusterip = [&](std::vector<std::string> words) {
+    words.insert(words.begin(), CLUSTERIP_COMMAND);
+    words.insert(words.end(), {"--control", control, "--plugin", CLUSTERIP_PLUGIN_PATH});
+    return words;
+  };
+  const std::vector<std::string> proxy_status = {CLUSTERIP_FALLBACK_PROXY, "--status", "--control", control},
+                                 daemon_status = clusterip({"status"}),
+                                 resolve = clusterip({"resolve", "10.96.0.1:80"}),
+                                 trace_service = clusterip({"trace", "--service", "web"}), trace = clusterip({"trace"});
+  // Nothing, a list that is none, and services that are none.
+  for (const char* answer : {"{}\n", "{\"services\":1}\n", "{\"services\":[1]}\n"}) {
+    for (const auto& command : {proxy_status, daemon_status, resolve, trace_service}) {
+      const Finished finished = answered(command, listener.get(), answer);
+      EXPECT_EQ(finished.exit_code, failed) << fmt::format("{}", fmt::join(command, " "));
+      EXPECT_EQ(finished.out, "");
+      EXPECT_EQ(lines(finished.err), 1) << finished.err;
+      EXPECT_TRUE(contains(finished.err,
+                           fmt::format("pid {} has answered what this version does not understand: ", ::getpid())))
+          << fmt::format("{}: ", fmt::join(command, " ")) << finished.err;
+    }
+  }
+  // After the line that says that the service traces.
+  for (const char* decision : {"{}\n{}\n", "{}\n{\"time\":\"now\"}\n", "{}\n{\"time\":0,\"service\":[]}\n"}) {
+    const Finished finished = answered(trace, listener.get(), decision);
+    EXPECT_EQ(finished.exit_code, failed);
+    EXPECT_TRUE(contains(finished.err, "has answered what this version does not understand: ")) << finished.err;
+  }
+}
+
 TEST_F(Control, SocketThatSomebodyElseHasPlantedIsNotBelieved) {
   constexpr uid_t nobody = 65534;
   const NamedServer one("one");

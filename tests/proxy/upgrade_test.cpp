@@ -260,9 +260,14 @@ class Predecessor {
 
   /// What a process says that is offered this; `control`: instead of the right one.
   std::string refusal_of(const FallbackProxy::Files& files, const userspace::Offer& offer, int control = -1) const {
+    return refusal_of_answers(files, userspace::messages(offer, control < 0 ? control_.get() : control, "0"));
+  }
+
+  std::string refusal_of_answers(const FallbackProxy::Files& files,
+                                 const std::vector<userspace::Message>& answers) const {
     Process next({CLUSTERIP_FALLBACK_PROXY, "--config", files.config(), "--take-over"});
     const Fd connection(checked(::accept4(control_.get(), nullptr, nullptr, SOCK_CLOEXEC), "accept"));
-    for (const auto& message : userspace::messages(offer, control < 0 ? control_.get() : control, "0")) {
+    for (const auto& message : answers) {
       // It may have ended before it has heard all.
       if (userspace::send_with_descriptors(connection.get(), message.line, message.descriptors) < 0) break;
     }
@@ -271,6 +276,8 @@ class Predecessor {
     EXPECT_EQ(lines(ended.err), 1) << ended.err;
     return ended.err;
   }
+
+  int control() const { return control_.get(); }
 
  private:
   Fd control_;
@@ -313,26 +320,28 @@ TEST_F(Upgrade, RefusesAPredecessorOfAnotherVersion) {
   const NamedServer one("one");
   const auto files = std::make_shared<FallbackProxy::Files>();
   files->write(proxy_toml({{"web", vip, 80, {backend(one)}}}));
-  const Fd listener(checked(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket"));
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  files->control().copy(address.sun_path, sizeof address.sun_path - 1);
-  checked(::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), "bind");
-  checked(::listen(listener.get(), 1), "listen");
+  const Predecessor old(*files);
+  EXPECT_TRUE(contains(old.refusal_of_answers(*files, {{"{\"protocol\":2}\n", {}}}),
+                       "speaks version 2 of the hand-over, this version speaks 1"));
 
-  const std::pair<std::string, const char*> answers[] = {
-      {"{\"protocol\":2}\n", "speaks version 2 of the hand-over, this version speaks 1"},
-      {"{\"protocol\":\"1\"}\n", "hands over what this version does not understand"},
-      {"{\"protocol\":1}\n", "hands over what this version does not understand"},
-      {"{}\n", "hands over what this version does not understand"},
+  // A key that is not there, and values of another kind.
+  const char* begin = "{\"protocol\":1,\"version\":\"0\",\"vips\":[]}\n";
+  const std::vector<userspace::Message> strange[] = {
+      {{"{}\n", {}}},
+      {{"{\"protocol\":\"1\"}\n", {}}},
+      {{"{\"protocol\":1}\n", {}}},
+      {{"{\"protocol\":1,\"version\":1}\n", {}}},
+      {{"{\"protocol\":1,\"version\":\"0\",\"vips\":1}\n", {}}},
+      {{"{\"protocol\":1,\"version\":\"0\",\"vips\":[1]}\n", {}}},
+      {{"{\"protocol\":1,\"version\":\"0\",\"vips\":[\"web\"]}\n", {}}},
+      {{begin, {old.control()}}, {"{\"sockets\":{}}\n", {}}},
+      {{begin, {old.control()}}, {"{\"sockets\":[1]}\n", {old.control()}}},
+      {{begin, {old.control()}}, {"{\"sockets\":[{\"vip\":1}]}\n", {old.control()}}},
   };
-  for (const auto& [answer, complaint] : answers) {
-    Process next({CLUSTERIP_FALLBACK_PROXY, "--config", files->config(), "--take-over"});
-    const Fd connection(checked(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC), "accept"));
-    checked(::send(connection.get(), answer.data(), answer.size(), MSG_NOSIGNAL), "send");
-    const Finished ended = next.wait();
-    EXPECT_EQ(ended.exit_code, failed);
-    EXPECT_TRUE(contains(ended.err, complaint)) << ended.err;
+  for (const auto& answers : strange) {
+    const std::string refusal = old.refusal_of_answers(*files, answers);
+    EXPECT_TRUE(contains(refusal, "has answered what this version does not understand: "))
+        << answers.back().line << refusal;
   }
   EXPECT_EQ(ask(vip, 80), refused_with(ECONNREFUSED)) << "it must not have begun to serve";
 }
