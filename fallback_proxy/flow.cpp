@@ -21,18 +21,17 @@ constexpr auto answer_time = 1s;
 }  // namespace
 
 Flow::Flow(Worker& worker, std::shared_ptr<UdpListener> listener, const UdpClient& client, BackendPointer backend,
-           Socket socket, Clock::time_point now)
+           Socket socket)
     : worker_(worker),
       listener_(std::move(listener)),
       client_(client),
       backend_(std::move(backend)),
-      socket_(std::move(socket)),
-      began_(now) {
+      socket_(std::move(socket)) {
   backend_->live.fetch_add(1, std::memory_order_relaxed);
 }
 
-void Flow::start(Clock::time_point now) {
-  worker_.wait(*this, now);
+void Flow::start() {
+  worker_.wait(*this);
   wait();
 }
 
@@ -42,27 +41,26 @@ void Flow::wait() {
   });
 }
 
-std::size_t Flow::send(std::size_t begin, std::size_t end, Clock::time_point now) {
+std::size_t Flow::send(std::size_t begin, std::size_t end) {
   const Datagrams::Sent sent = worker_.datagrams().send(socket_.native_handle(), begin, end, nullptr);
   listener_->count_received(sent);
   if (sent.next < end) {
-    refused(now);
+    refused();
   } else {
-    worker_.wait(*this, now);
-    if (now - began_ >= answer_time) reached();
+    worker_.wait(*this);
+    if (Clock::now() - began_ >= answer_time) reached();
   }
   return sent.next;
 }
 
 void Flow::receive() {
-  const auto now = Clock::now();
   bool has_refused = false;
   for (int round = 0; round < rounds; ++round) {
     const std::size_t count = worker_.datagrams().receive(socket_.native_handle());
     if (count > 0) {
       reached();
       listener_->reply(count, client_);
-      worker_.wait(*this, now);
+      worker_.wait(*this);
       if (count < Datagrams::most) break;
     } else if (errno == ECONNREFUSED) {
       has_refused = true;  // what the backend has sent before is still there
@@ -70,7 +68,7 @@ void Flow::receive() {
       break;
     }
   }
-  if (has_refused) return refused(now);
+  if (has_refused) return refused();
   wait();
 }
 
@@ -79,9 +77,9 @@ void Flow::reached() {
   listener_->service().reached(*backend_);
 }
 
-void Flow::refused(Clock::time_point now) {
+void Flow::refused() {
   has_reached_ = true;  // it has not, and close() shall not think so
-  listener_->service().failed(*backend_, ECONNREFUSED, now, began_);
+  listener_->service().failed(*backend_, ECONNREFUSED, Clock::now(), began_);
   end();
 }
 

@@ -23,14 +23,14 @@ class Flow : public Waiting, public std::enable_shared_from_this<Flow> {
 
   /// Has its place in the Admission; `socket` is open, and connected to the backend.
   Flow(Worker& worker, std::shared_ptr<UdpListener> listener, const UdpClient& client, BackendPointer backend,
-       Socket socket, Clock::time_point now);
+       Socket socket);
 
-  void start(Clock::time_point now);
+  void start();
   const Backend& backend() const { return *backend_; }
 
   /// Passes those of the worker's datagrams on that are from `begin` on and before `end`. Returns the first that is
   /// left: `end`, unless the backend has refused an earlier one, which ends the flow.
-  std::size_t send(std::size_t begin, std::size_t end, Clock::time_point now);
+  std::size_t send(std::size_t begin, std::size_t end);
 
   /// Ends it; what the backend still sends is lost.
   void end();
@@ -43,7 +43,7 @@ class Flow : public Waiting, public std::enable_shared_from_this<Flow> {
   void wait();
   void receive();
   void reached();
-  void refused(Clock::time_point now);
+  void refused();
   void close();
 
   Worker& worker_;
@@ -51,7 +51,7 @@ class Flow : public Waiting, public std::enable_shared_from_this<Flow> {
   const UdpClient client_;
   const BackendPointer backend_;
   Socket socket_;
-  const Clock::time_point began_;
+  const Clock::time_point began_ = Clock::now();
   bool has_reached_ = false;  // the backend, as far as one can know
 };
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #include "fallback_proxy/proxy.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
 #include <sys/resource.h>
@@ -37,6 +38,17 @@ std::int64_t descriptor_limit() {
     ::getrlimit(RLIMIT_NOFILE, &limit);
   }
   return static_cast<std::int64_t>(std::min<rlim_t>(limit.rlim_cur, 1U << 30));
+}
+
+/// A table of descriptors that threads share grows when it is full, and all of them stand still until the kernel's next
+/// RCU grace period is over (fs/file.c, expand_fdtable()): on a busy machine for seconds. As long as there is only one
+/// thread, that waits for nothing; so the table gets room for most proxies' descriptors (512 KiB) before there are
+/// more.
+void make_room_for_descriptors() {
+  constexpr std::int64_t enough = 65536;
+  const config::Fd any(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+  const config::Fd last(
+      ::fcntl(any.get(), F_DUPFD_CLOEXEC, static_cast<int>(std::min(descriptor_limit(), enough)) - 1));
 }
 
 std::size_t thread_count(const config::Config& config) {
@@ -152,6 +164,7 @@ Proxy::Proxy(boost::asio::io_context& control, const config::Config& first)
       repair_pause_(first_repair_pause),
       leaving_timer_(control),
       drain_timer_(control) {
+  make_room_for_descriptors();
   const std::size_t threads = thread_count(first);
   const WorkerSettings settings{.connect_timeout = first.userspace.connect_timeout,
                                 .idle_timeout = first.userspace.idle_timeout,

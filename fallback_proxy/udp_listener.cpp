@@ -87,7 +87,6 @@ void UdpListener::wait() {
 
 void UdpListener::receive() {
   if (is_handed_over_) return;
-  const auto now = Clock::now();
   Datagrams& datagrams = worker_.datagrams();
   for (int round = 0; round < rounds && socket_.is_open(); ++round) {
     const std::size_t count = datagrams.receive(socket_.native_handle());
@@ -100,7 +99,7 @@ void UdpListener::receive() {
       if (is_forged(begin))
         add(service_->state().denied, end - begin);
       else
-        pass_on(begin, end, now);
+        pass_on(begin, end);
       begin = end;
     }
     if (count < Datagrams::most) break;
@@ -119,14 +118,14 @@ bool UdpListener::is_forged(std::size_t index) const {
          !allowed_->is_own(SocketAddress(settings.vip, settings.port));
 }
 
-void UdpListener::pass_on(std::size_t begin, std::size_t end, Clock::time_point now) {
+void UdpListener::pass_on(std::size_t begin, std::size_t end) {
   const UdpClient client = worker_.datagrams().source(begin);
   // Twice: a backend that has refused what came before is found out now, and another one is there.
   for (int i = 0; i < 2 && begin < end; ++i) {
     Flow* flow = find(client);
-    if (flow == nullptr) flow = begin_flow(client, end - begin, now);
+    if (flow == nullptr) flow = begin_flow(client, end - begin);
     if (flow == nullptr) return;
-    begin = flow->send(begin, end, now);
+    begin = flow->send(begin, end);
   }
   add(service_->state().dropped, end - begin);
 }
@@ -137,7 +136,7 @@ Flow* UdpListener::find(const UdpClient& client) const {
 }
 
 /// For `count` datagrams. Null, and they are counted, when that cannot be.
-Flow* UdpListener::begin_flow(const UdpClient& from, std::size_t count, Clock::time_point now) {
+Flow* UdpListener::begin_flow(const UdpClient& from, std::size_t count) {
   ServiceState& state = service_->state();
   const SocketAddress client = from.socket_address();
   // Whoever sends in our own name would have us answer ourselves, for ever.
@@ -156,7 +155,7 @@ Flow* UdpListener::begin_flow(const UdpClient& from, std::size_t count, Clock::t
     ask_for_place();
     return nullptr;
   }
-  Flow* flow = reach_backend(from, client, now);
+  Flow* flow = reach_backend(from, client);
   if (flow == nullptr) {
     add(state.refused, count);
     worker_.flow_ended();
@@ -164,7 +163,7 @@ Flow* UdpListener::begin_flow(const UdpClient& from, std::size_t count, Clock::t
   return flow;
 }
 
-Flow* UdpListener::reach_backend(const UdpClient& from, const SocketAddress& client, Clock::time_point now) {
+Flow* UdpListener::reach_backend(const UdpClient& from, const SocketAddress& client) {
   std::vector<BackendPointer> tried;
   while (BackendPointer backend = service_->choose(client, tried, worker_.random())) {
     config::Fd fd = connect_to(*backend);
@@ -176,14 +175,14 @@ Flow* UdpListener::reach_backend(const UdpClient& from, const SocketAddress& cli
       if (no_room) return nullptr;
       fd.release();
       service_->remember(client, backend, worker_.settings().flows);
-      const auto flow = std::make_shared<Flow>(worker_, shared_from_this(), from, backend, std::move(socket), now);
+      const auto flow = std::make_shared<Flow>(worker_, shared_from_this(), from, backend, std::move(socket));
       flows_.emplace(from, flow.get());
-      flow->start(now);
+      flow->start();
       return flow.get();
     }
     const int error = errno;
     if (is_shortage(error)) break;
-    service_->failed(*backend, error, now);
+    service_->failed(*backend, error, Clock::now());
     tried.push_back(std::move(backend));
   }
   return nullptr;

@@ -63,10 +63,10 @@ class UdpListener : public std::enable_shared_from_this<UdpListener> {
   void wait();
   void receive();
   bool is_forged(std::size_t index) const;
-  void pass_on(std::size_t begin, std::size_t end, Clock::time_point now);
+  void pass_on(std::size_t begin, std::size_t end);
   Flow* find(const UdpClient& client) const;
-  Flow* begin_flow(const UdpClient& from, std::size_t count, Clock::time_point now);
-  Flow* reach_backend(const UdpClient& from, const SocketAddress& client, Clock::time_point now);
+  Flow* begin_flow(const UdpClient& from, std::size_t count);
+  Flow* reach_backend(const UdpClient& from, const SocketAddress& client);
   config::Fd connect_to(const Backend& backend);
   void end_flows(const std::function<bool(const Flow&)>& which);
   void ask_for_place();

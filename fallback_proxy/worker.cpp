@@ -262,16 +262,16 @@ void Worker::ask_for_place(Worker& other) {
   });
 }
 
-void Worker::wait(Flow& flow, Clock::time_point now) {
+void Worker::wait(Flow& flow) {
   auto& deadlines = is_draining_flows_ ? draining_flows_ : idle_flows_;
+  const auto now = Clock::now();
   deadlines.add(flow, now);
   arm(now + deadlines.time());
 }
 
 void Worker::drain_flows() {
   if (std::exchange(is_draining_flows_, true)) return;
-  const auto now = Clock::now();
-  while (Flow* flow = idle_flows_.first()) wait(*flow, now);
+  while (Flow* flow = idle_flows_.first()) wait(*flow);
 }
 
 void Worker::end_flows() {

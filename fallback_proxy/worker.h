@@ -90,7 +90,7 @@ class Worker {
   /// Has `other` give up a flow for one of this thread's, soon.
   void ask_for_place(Worker& other);
   /// Something has come or gone: calls flow.expire() when that has been `udp_timeout` ago.
-  void wait(Flow& flow, Clock::time_point now);
+  void wait(Flow& flow);
   /// From now on flows end when they have been idle for a second.
   void drain_flows();
   void end_flows();

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: BSD-2-Clause
 //
 // Out of descriptors, out of ports, and very many connections: clients wait, nothing spins, and all is well afterwards.
+#include <fmt/format.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <fstream>
 #include <map>
+#include <stdexcept>
 
 #include "tests/proxy/proxied.h"
 
@@ -145,6 +148,28 @@ TEST_F(Limits, TheSoftLimitIsRaisedToTheHardOne) {
   std::vector<Connected> held;
   for (int i = 0; i < 100; ++i) held.push_back(connect_through(backend));
   EXPECT_GT(proxy.open_files(), 200U);
+}
+
+/// Of the table that the threads share; when it grows, they all wait for the kernel.
+std::size_t room_for_descriptors(const FallbackProxy& proxy) {
+  std::ifstream status(fmt::format("/proc/{}/status", proxy.pid()));
+  for (std::string key; status >> key;) {
+    if (std::size_t room = 0; key == "FDSize:" && status >> room) return room;
+  }
+  throw std::runtime_error("no FDSize");
+}
+
+TEST_F(Limits, DescriptorsHaveRoomFromTheStart) {
+  const TcpListener backend;
+  const std::string text = proxy_toml({web({backend.backend()})});
+  rlimit limit{};
+  checked(::getrlimit(RLIMIT_NOFILE, &limit), "RLIMIT_NOFILE");
+  EXPECT_GE(room_for_descriptors(FallbackProxy(text)), std::min<rlim_t>(limit.rlim_max, 65'536));
+  const FallbackProxy few(text, [] {
+    const rlimit low{4096, 4096};
+    checked(::setrlimit(RLIMIT_NOFILE, &low), "RLIMIT_NOFILE");
+  });
+  EXPECT_EQ(room_for_descriptors(few), 4096U) << "all that there may be";
 }
 
 TEST_F(Limits, TooFewDescriptorsToBeginWithAreNamed) {

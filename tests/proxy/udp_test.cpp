@@ -265,6 +265,25 @@ TEST_F(Udp, AFlowIsNotIdleWhileTheClientSpeaks) {
   }
 }
 
+TEST_F(Udp, AnswersThatWaitedForAStoppedProxyArePassedOn) {
+  const UdpSocket server;
+  FallbackProxy proxy(proxy_toml({udp({server.backend()})}, {.udp_timeout = "500ms"}));
+  std::vector<UdpSocket> clients(300);  // more than epoll tells of at once
+  std::vector<Datagram> questions;
+  for (const UdpSocket& client : clients) {
+    client.send_to(vip, port, "question");
+    questions.push_back(server.receive());
+  }
+  proxy.signal(SIGSTOP);
+  for (const Datagram& question : questions) server.answer(question, "answer");
+  std::this_thread::sleep_for(std::chrono::milliseconds(700));
+  proxy.signal(SIGCONT);
+  for (const UdpSocket& client : clients) {
+    ASSERT_TRUE(is_readable(client.get(), 5000));
+    EXPECT_EQ(client.receive().bytes, "answer");
+  }
+}
+
 TEST_F(Udp, AtTheBoundTheFlowIdleForLongestEnds) {
   const UdpServer one("one");
   FallbackProxy proxy(proxy_toml({udp({one.backend()})}, {}, {.flows = 4}));
