@@ -77,10 +77,12 @@ class Stage(unittest.TestCase):
             {more}""")
 
     def start(self):
+        before = len(self.log.read_text()) if self.log.exists() else 0  # of an earlier process
         with self.log.open("a") as log:
             self.process = subprocess.Popen([CLUSTERIP, "run", "--config", self.file, "--engine", self.engine, "--plugin",
                                              stage.PLUGIN], stderr=log, stdout=log)
-        wait_for("the daemon serves", lambda: "serving" in self.log.read_text() or self.process.poll() is not None)
+        wait_for("the daemon serves", lambda: "serving" in self.log.read_text()[before:] or
+                 self.process.poll() is not None)
         self.assertIsNone(self.process.poll(), self.log.read_text())
 
     def end(self, how=signal.SIGTERM):
