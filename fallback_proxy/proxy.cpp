@@ -40,7 +40,7 @@ std::int64_t descriptor_limit() {
   return static_cast<std::int64_t>(std::min<rlim_t>(limit.rlim_cur, 1U << 30));
 }
 
-/// A table of descriptors that threads share grows when it is full, and all of them stand still until the kernel's next
+/// A table of descriptors that threads share grows when it is full, and those that want one stand still until the next
 /// RCU grace period is over (fs/file.c, expand_fdtable()): on a busy machine for seconds. As long as there is only one
 /// thread, that waits for nothing; so the table gets room for most proxies' descriptors (512 KiB) before there are
 /// more.
